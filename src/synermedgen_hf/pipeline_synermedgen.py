@@ -1,0 +1,787 @@
+"""`SynerMedGenPipeline`: one scan in, the same anatomy in another modality out, in scanner units on the same grid.
+
+    scan -> image processor (window, square, resize) -> context blocks -> one prefill into a cache
+         -> denoise the target block against the cache -> VAE -> back to scanner units on the input's grid
+
+The context is computed once. Guidance needs the same step under reduced contexts (without the text, without the images);
+these branches, and all slices of a batch, run as one batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from transformers import AutoModel, AutoProcessor, DynamicCache, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from .image_processing_synermedgen import SliceInputs, patchify, to_display, unpatchify
+from .processing_synermedgen import (
+    MODALITY_NAMES,
+    MODALITY_QUESTION,
+    BlockSequence,
+    ImageBlock,
+    TextBlock,
+    build_sequence,
+    make_instruction,
+)
+
+RESCALE_MODES = ("global", "channel", "text_channel")
+
+
+@dataclass
+class SynerMedGenPipelineOutput(BaseOutput):
+    """
+    Args:
+        images (`list`): One per input and repetition, in that order: PIL images, float32 arrays or tensors in scanner
+            units on the input's grid; for `output_type="latent"` one `(n, channels, h, w)` tensor.
+        records (`list[dict]`): What each image is: route, unit, window, seed, steps, guidance.
+    """
+
+    images: Any
+    records: list[dict]
+
+
+@dataclass
+class Context:
+    """
+    A prefilled context for a batch of target blocks.
+
+    Args:
+        cache (`DynamicCache` or `None`): Keys and values; `None` for no context at all.
+        valid (`torch.BoolTensor` of shape `(batch, cached)`): Which cached tokens may be seen.
+        position (`torch.LongTensor` of shape `(batch,)`): Rotary position of the target block.
+    """
+
+    cache: DynamicCache | None
+    valid: torch.BoolTensor
+    position: torch.LongTensor
+
+    def repeat(self, times: int) -> "Context":
+        """Every row `times` times in a row."""
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers if self.cache else []):
+            cache.update(layer.keys.repeat_interleave(times, 0), layer.values.repeat_interleave(times, 0), index)
+        return Context(
+            cache if self.cache else None, self.valid.repeat_interleave(times, 0), self.position.repeat_interleave(times)
+        )
+
+    @staticmethod
+    def join(contexts: list["Context"]) -> "Context":
+        """Stack contexts along the batch; shorter ones are filled up with keys that nobody may see."""
+        if all(context.cache is None for context in contexts):
+            return Context(None, torch.cat([c.valid for c in contexts]), torch.cat([c.position for c in contexts]))
+        length = max(context.valid.shape[1] for context in contexts)
+        valid = torch.cat(
+            [torch.nn.functional.pad(context.valid, (0, length - context.valid.shape[1])) for context in contexts]
+        )
+        template = next(context.cache for context in contexts if context.cache is not None)
+        cache = DynamicCache()
+        for index, layer in enumerate(template.layers):
+
+            def filled(context, name, index=index, layer=layer):
+                rows = context.valid.shape[0]
+                if context.cache is None:
+                    like = getattr(layer, name)
+                    return like.new_zeros(rows, like.shape[1], length, like.shape[3])
+                tensor = getattr(context.cache.layers[index], name)
+                return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
+
+            cache.update(
+                torch.cat([filled(context, "keys") for context in contexts]),
+                torch.cat([filled(context, "values") for context in contexts]),
+                index,
+            )
+        return Context(cache, valid, torch.cat([context.position for context in contexts]))
+
+
+def guide_velocity(
+    full: torch.Tensor,
+    no_text: torch.Tensor | None,
+    no_image: torch.Tensor | None,
+    guidance_scale: float,
+    image_guidance_scale: float,
+    rescale: str = "text_channel",
+    rescale_min: float = 0.0,
+) -> torch.Tensor:
+    """
+    Classifier-free guidance in two directions, with the velocity's norm kept from growing.
+
+    With `v`, `u`, `w` the velocities under the full context, without the text and without the images:
+    `y = u + a (v - u)` and `z = w + b (y - w)`. The result is multiplied by `clamp(|v| / |z|, rescale_min, 1)`, its
+    norms taken per sample (`"global"`), per token (`"channel"`), or per token on `y`, before image guidance
+    (`"text_channel"`), as BAGEL's sampler does. Image guidance alone (`a <= 1`) has no effect.
+
+    Args:
+        full, no_text, no_image (`torch.Tensor` of shape `(batch, tokens, channels)`):
+            Velocities; the last two may be `None` where their scale is at most 1.
+        guidance_scale (`float`): Text guidance `a`.
+        image_guidance_scale (`float`): Image guidance `b`.
+        rescale (`str`): `"global"`, `"channel"` or `"text_channel"`.
+        rescale_min (`float`): In [0, 1]; 1 switches the rescaling off.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, tokens, channels)`
+    """
+    if guidance_scale <= 1:
+        return full
+
+    def rescaled(velocity, dims):
+        ratio = full.norm(dim=dims, keepdim=True) / (velocity.norm(dim=dims, keepdim=True) + 1e-8)
+        return velocity * ratio.clamp(min=rescale_min, max=1.0)
+
+    guided = no_text + guidance_scale * (full - no_text)
+    if rescale == "text_channel":
+        guided = rescaled(guided, -1)
+    if image_guidance_scale > 1:
+        guided = no_image + image_guidance_scale * (guided - no_image)
+    if rescale == "text_channel":
+        return guided
+    return rescaled(guided, (-2, -1) if rescale == "global" else -1)
+
+
+class SynerMedGenPipeline(DiffusionPipeline):
+    r"""
+    Cross-modality synthesis, and the questions the same weights can answer.
+
+    ```python
+    >>> pipe = SynerMedGenPipeline.from_pretrained(checkpoint)
+    >>> ct = pipe(mr_slice, target="CT", source="MRI", region="brain", output_type="np", seed=0).images[0]  # HU
+    ```
+
+    Args:
+        model ([`SynerMedGenForConditionalGeneration`]): Both experts.
+        processor ([`SynerMedGenProcessor`]): Tokenizer and image processor.
+        vae (`AutoencoderKL`): Pictures to latents and back.
+        scheduler (`FlowMatchEulerDiscreteScheduler`): Its `shift` is the default `timestep_shift`.
+    """
+
+    model_cpu_offload_seq = "model->vae"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin | None,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+    ):
+        super().__init__()
+        self.register_modules(model=model, processor=processor, vae=vae, scheduler=scheduler)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, dtype: torch.dtype = torch.float32, **kwargs):
+        r"""
+        Load the four components from their subfolders.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository.
+            dtype (`torch.dtype`, defaults to `torch.float32`): Of model and VAE.
+            kwargs: Passed to each component's `from_pretrained` (`revision`, `cache_dir`, `token`, `device_map`, ...);
+                a component given by name (`vae=...`) replaces the stored one.
+        """
+        components = {
+            name: kwargs.pop(name) for name in ("model", "processor", "vae", "scheduler") if kwargs.get(name) is not None
+        }
+        path = pretrained_model_name_or_path
+        if "model" not in components:
+            components["model"] = AutoModel.from_pretrained(path, subfolder="model", dtype=dtype, **kwargs)
+        if "vae" not in components:
+            components["vae"] = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **kwargs)
+        kwargs.pop("device_map", None)
+        if "processor" not in components:
+            components["processor"] = AutoProcessor.from_pretrained(path, subfolder="processor", **kwargs)
+        if "scheduler" not in components:
+            components["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(
+                path, subfolder="scheduler", **kwargs
+            )
+        components["model"].eval()
+        return cls(**components)
+
+    # 1. Check everything before any computing ------------------------------------------------------------------------
+
+    def check_inputs(
+        self,
+        target,
+        region,
+        num_inference_steps,
+        guidance_interval,
+        guidance_rescale,
+        guidance_rescale_min,
+        timestep_shift,
+        num_images_per_prompt,
+        output_type,
+    ):
+        if target not in MODALITY_NAMES:
+            raise ValueError(f"Unknown target {target!r}. Choose one of {', '.join(MODALITY_NAMES)}.")
+        regions = sorted({name.split("/")[0] for name in self.model.config.trained_routes})
+        if region is not None and regions and region not in regions:
+            raise ValueError(f"Unknown region {region!r}. This checkpoint was trained for {', '.join(regions)}.")
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt!r}.")
+        low, high = guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"guidance_interval must be (low, high) with 0 <= low < high <= 1, got {tuple(guidance_interval)}. "
+                "Guidance acts while low < timestep <= high; 1 is pure noise, 0 the finished image."
+            )
+        if guidance_rescale not in RESCALE_MODES:
+            raise ValueError(f"Unknown guidance_rescale {guidance_rescale!r}. Choose one of {', '.join(RESCALE_MODES)}.")
+        if not 0 <= guidance_rescale_min <= 1:
+            raise ValueError(f"guidance_rescale_min must be within [0, 1], got {guidance_rescale_min}.")
+        if timestep_shift is not None and timestep_shift <= 0:
+            raise ValueError(f"timestep_shift must be positive, got {timestep_shift}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"Unknown output_type {output_type!r}. Choose 'pil', 'np', 'pt' or 'latent'.")
+
+    def check_route(self, sources: list[str], target: str, region: str | None):
+        """Refuse, by name, what the checkpoint was not trained for."""
+        if target in sources:
+            raise ValueError(f"Target and source are both {target}: there is nothing to synthesise.")
+        routes = self.model.config.trained_routes
+        for source in sources:
+            if source not in MODALITY_NAMES:
+                raise ValueError(f"Unknown source {source!r}. Choose one of {', '.join(MODALITY_NAMES)}.")
+            known = [name for name in routes if name.split("/")[1] == f"{source}-{target}"]
+            if routes and not [name for name in known if region is None or name.split("/")[0] == region]:
+                place = "" if region is None else f" of the {region}"
+                raise ValueError(
+                    f"This checkpoint was not trained for {source} to {target}{place}. "
+                    f"It was trained for: {', '.join(routes)}."
+                )
+
+    def read_cases(self, image, source: str | None) -> list[dict[str, Any]]:
+        """Any accepted form of `image` as a list of cases `{modality or None: image}`."""
+        batch = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not batch:
+            raise ValueError("Got an empty list of images.")
+        kinds = {isinstance(item, dict) for item in batch}
+        if len(kinds) > 1:
+            raise ValueError(
+                "Got a list that mixes dicts and images. Pass either images of one modality, or one dict "
+                '{"T1": ..., "T2": ...} per case.'
+            )
+        if kinds == {False}:
+            return [{source: item} for item in batch]
+        if source is not None:
+            raise ValueError("A dict of images names its modalities itself: leave `source` out.")
+        names = list(batch[0])
+        for number, case in enumerate(batch):
+            if not case or list(case) != names:
+                raise ValueError(
+                    f"All cases of a batch need the same modalities in the same order: case 0 has {names}, case "
+                    f"{number} has {list(case)}."
+                )
+            for name, item in case.items():
+                if isinstance(item, (list, tuple, dict)):
+                    raise ValueError(
+                        f"{name} of case {number} is a {type(item).__name__}. A dict holds one image per modality; for "
+                        'a batch pass a list of dicts, [{"T1": a0, "T2": b0}, {"T1": a1, "T2": b1}].'
+                    )
+        return batch
+
+    # 2. Context -------------------------------------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        sequences: list[BlockSequence],
+        next_position: int,
+        images: list[tuple[torch.Tensor, tuple[int, int]]] = (),
+        latents: list[tuple[torch.Tensor, tuple[int, int]]] = (),
+    ) -> Context:
+        """
+        Run context sequences of one length through the model, once.
+
+        Args:
+            sequences (`list[BlockSequence]`): One per row, of equal length.
+            next_position (`int`): Rotary position of what follows.
+            images (`list` of `(patches, grid_hw)`): ViT patches of all images, in the order of rows and blocks.
+            latents (`list` of `(tokens, grid_hw)`): Clean latent tokens of all images, in the same order.
+
+        Returns:
+            [`Context`]
+        """
+        device = self.model.device
+        input_ids = torch.tensor([sequence.input_ids for sequence in sequences], dtype=torch.long, device=device)
+        position = torch.full((len(sequences),), next_position, device=device)
+        if input_ids.shape[1] == 0:
+            return Context(None, input_ids.bool(), position)
+        inputs = {}
+        if images:
+            inputs["pixel_values"] = torch.cat([patches for patches, _ in images]).to(device)
+            inputs["image_grid_hw"] = torch.tensor([grid for _, grid in images], device=device)
+        if latents:
+            inputs["latents"] = torch.cat([tokens for tokens, _ in latents]).to(device)
+            inputs["latent_grid_hw"] = torch.tensor([grid for _, grid in latents], device=device)
+            inputs["timestep"] = torch.zeros(len(latents), device=device)
+        outputs = self.model(
+            input_ids=input_ids,
+            position_ids=torch.tensor([sequence.position_ids for sequence in sequences], device=device),
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+        )
+        return Context(outputs.past_key_values, torch.ones_like(input_ids, dtype=torch.bool), position)
+
+    def make_contexts(
+        self,
+        cases: list[list[SliceInputs]],
+        latents: list[list[torch.Tensor]],
+        text: TextBlock,
+        guidance_scale: float,
+        image_guidance_scale: float,
+    ) -> tuple[Context, Context | None, Context | None]:
+        """
+        The full context of a batch and, where guidance needs them, the one without text and the one without images.
+
+        Args:
+            cases (`list[list[SliceInputs]]`): Sources of each case; the same grids in every case.
+            latents (`list[list[torch.Tensor]]`): Their clean latent tokens, `(tokens, latent_token_dim)`.
+            text ([`TextBlock`]): The instruction.
+        """
+        config = self.model.config
+        latent_grid = self.latent_grid(cases[0][0])
+        blocks = []
+        for source in cases[0]:
+            blocks += [ImageBlock("latent", latent_grid), ImageBlock("image", source.vit_grid)]
+        sequence = build_sequence(config, [*blocks, text])
+        text_length = len(text.ids) + 2
+        full = self.prefill(
+            [sequence] * len(cases),
+            len(blocks) + text_length,
+            [(source.vit_patches, source.vit_grid) for case in cases for source in case],
+            [(tokens, latent_grid) for case in latents for tokens in case],
+        )
+        no_text = no_image = None
+        if guidance_scale > 1:
+            # Images never see the text that follows them, so "without text" is the same cache with the text hidden.
+            no_text = Context(full.cache, full.valid.clone(), torch.full_like(full.position, len(blocks)))
+            no_text.valid[:, -text_length:] = False
+            if image_guidance_scale > 1:
+                no_image = self.prefill([build_sequence(config, [text])] * len(cases), text_length)
+        return full, no_text, no_image
+
+    def latent_grid(self, source: SliceInputs) -> tuple[int, int]:
+        """Latent tokens of a source, which are also those of its target: rows and columns."""
+        side = self.vae_scale_factor * self.model.config.latent_patch_size
+        return source.vae_pixels.shape[1] // side, source.vae_pixels.shape[2] // side
+
+    def encode_latents(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """
+        Images to scaled latents. The posterior is sampled, as this family always does.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(n, 3, height, width)`): In [-1, 1].
+            noise (`torch.Tensor` of shape `(n, latent_channels, h, w)`): Standard normal.
+        """
+        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        sample = posterior.mean + posterior.std * noise.to(posterior.mean)
+        return (sample - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents `(n, latent_channels, h, w)` to images `(n, 3, height, width)`, about [-1, 1], float32."""
+        latents = latents.to(self.vae.device, self.vae.dtype)
+        return self.vae.decode(latents / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample.float()
+
+    # 3. Denoising -----------------------------------------------------------------------------------------------------
+
+    def velocity(
+        self, tokens: torch.Tensor, timestep: float, context: Context, grid_hw: tuple[int, int]
+    ) -> torch.Tensor:
+        """
+        One evaluation of the model; the context is left as found.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, latent_token_dim)`): Noised latents.
+            timestep (`float`): In [0, 1].
+            context ([`Context`]): Of the same batch.
+            grid_hw (`tuple[int, int]`): Rows and columns of the tokens.
+
+        Returns:
+            `torch.Tensor` of the shape of `tokens`, float32: `noise - data`.
+        """
+        batch, device = len(tokens), self.model.device
+        target = build_sequence(self.model.config, [ImageBlock("target", grid_hw)])
+        input_ids = torch.tensor([target.input_ids], device=device).expand(batch, -1)
+        valid = torch.cat([context.valid, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=valid,
+            position_ids=context.position[:, None].expand_as(input_ids),
+            past_key_values=context.cache,
+            latents=tokens.flatten(0, 1).to(self.model.dtype),
+            latent_grid_hw=torch.tensor([grid_hw], device=device).expand(batch, -1),
+            timestep=torch.full((batch,), float(timestep), device=device),
+            use_cache=False,
+        )
+        return outputs.velocity.view(tokens.shape).float()
+
+    def denoise(
+        self,
+        tokens: torch.Tensor,
+        grid_hw: tuple[int, int],
+        full: Context,
+        no_text: Context | None,
+        no_image: Context | None,
+        num_inference_steps: int,
+        guidance_scale: float = 4.0,
+        image_guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: str = "text_channel",
+        guidance_rescale_min: float = 0.0,
+        timestep_shift: float | None = None,
+        callback_on_step_end=None,
+    ) -> torch.Tensor:
+        """
+        Euler steps from noise to latents. Guidance acts on steps whose shifted timestep is in `(low, high]`.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, latent_token_dim)`): Standard normal noise.
+            others: As in [`~SynerMedGenPipeline.__call__`] and [`~SynerMedGenPipeline.velocity`].
+
+        Returns:
+            `torch.Tensor` of the shape of `tokens`, float32.
+        """
+        if timestep_shift is not None:
+            self.scheduler.set_shift(timestep_shift)
+        # n steps are n evaluations at the points of linspace(1, 0, n + 1) but its last; the scheduler shifts them.
+        self.scheduler.set_timesteps(
+            sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=self.model.device
+        )
+        branches = [full]
+        if guidance_scale > 1:
+            branches += [no_text, no_image] if image_guidance_scale > 1 else [no_text]
+        joined = Context.join(branches)
+        tokens = tokens.float().to(self.model.device)
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                sigma = float(self.scheduler.sigmas[step])
+                if len(branches) > 1 and guidance_interval[0] < sigma <= guidance_interval[1]:
+                    velocities = self.velocity(tokens.repeat(len(branches), 1, 1), sigma, joined, grid_hw)
+                    v, u, w = (*velocities.chunk(len(branches)), None)[:3]
+                    velocity = guide_velocity(
+                        v, u, w, guidance_scale, image_guidance_scale, guidance_rescale, guidance_rescale_min
+                    )
+                else:
+                    velocity = self.velocity(tokens, sigma, full, grid_hw)
+                tokens = self.scheduler.step(velocity, timestep, tokens).prev_sample
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, step, timestep, {"latents": tokens}) or {}
+                    tokens = changed.get("latents", tokens)
+                progress.update()
+        return tokens
+
+    # 4. The call ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image,
+        target: str,
+        source: str | None = None,
+        region: str | None = None,
+        prompt: str | None = None,
+        num_inference_steps: int = 49,
+        guidance_scale: float = 4.0,
+        image_guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: str = "text_channel",
+        guidance_rescale_min: float = 0.0,
+        timestep_shift: float | None = None,
+        seed: int | list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        window: tuple[float, float] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end=None,
+        return_dict: bool = True,
+    ) -> SynerMedGenPipelineOutput | tuple:
+        r"""
+        Synthesise `target` from one or more scans.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `dict` or `list` of those):
+                One slice: a picture (8- or 16-bit, its levels spanning the modality's window), a `(height, width)`
+                array in scanner units (HU, SUV, any MR scale) or the path of a picture. A list is a batch. A dict
+                `{"T1": a, "T2": b}` is one case seen by several modalities, on one grid.
+            target (`str`):
+                Modality to make: T1, T1CE, T2, FLAIR, MRI, CT, CBCT or PET.
+            source (`str`, *optional*):
+                Modality of `image`. May be left out where the weights have learned to identify it.
+            region (`str`, *optional*):
+                `"brain"`, `"pelvis"` or `"whole-body"`.
+            prompt (`str`, *optional*):
+                Instruction to use instead of the one made from source, target and region.
+            num_inference_steps (`int`, defaults to 49):
+                Evaluations of the model (BAGEL's `num_timesteps=50` makes 49).
+            guidance_scale, image_guidance_scale (`float`, defaults to 4.0 and 1.5):
+                Guidance by the text and by the images, see [`guide_velocity`]; at most 1 switches it off.
+            guidance_interval (`tuple[float, float]`, defaults to (0, 1)):
+                Timesteps `low < t <= high` that are guided.
+            guidance_rescale (`str`, defaults to `"text_channel"`), guidance_rescale_min (`float`, defaults to 0):
+                See [`guide_velocity`].
+            timestep_shift (`float`, *optional*):
+                Spends more steps near the noise the larger it is; the scheduler's by default.
+            seed (`int` or `list[int]`, *optional*):
+                Randomness belongs to the case: with one seed every case of a batch gives what it would give alone;
+                repetition `j` of a case uses `seed + j`. A list holds one seed per case.
+            generator (`torch.Generator` or `list`, *optional*):
+                Instead of `seed`: one for the whole batch, or one per case.
+            num_images_per_prompt (`int`, defaults to 1):
+                Repetitions of each case.
+            window (`tuple[float, float]`, *optional*):
+                `(low, high)` of the source in scanner units instead of its own window, e.g. a whole MR volume's.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"` 8-bit pictures over the target's window; `"np"` / `"pt"` float32 in the target's units; both on
+                the grid of the input. `"latent"`: the scaled latents.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `f(pipe, step, timestep, {"latents": tokens})`; may return a dict with changed `latents`,
+                `(batch, tokens, latent_token_dim)`.
+            return_dict (`bool`, defaults to `True`):
+                Return a [`SynerMedGenPipelineOutput`] rather than a tuple.
+
+        Returns:
+            [`SynerMedGenPipelineOutput`]
+
+        Raises:
+            `ValueError`: An argument or an image cannot be used; said before any computing.
+        """
+        # 1. Check everything.
+        self.check_inputs(
+            target,
+            region,
+            num_inference_steps,
+            guidance_interval,
+            guidance_rescale,
+            guidance_rescale_min,
+            timestep_shift,
+            num_images_per_prompt,
+            output_type,
+        )
+        cases = self.read_cases(image, source)
+        if source is not None or isinstance(cases[0], dict) and None not in cases[0]:
+            self.check_route(list(cases[0]), target, region)
+        elif "MI" not in self.model.config.trained_tasks:
+            raise ValueError(
+                "Say which modality the image is, e.g. source='MRI': these weights have not learned to identify it."
+            )
+        generators = self.make_generators(seed, generator, len(cases), num_images_per_prompt)
+        inputs = [
+            [self.processor.image_processor.preprocess_slice(item, name, window) for name, item in case.items()]
+            for case in cases
+        ]
+        self.check_grids(cases, inputs)
+        if None in cases[0]:
+            cases = [{self.identify(case[None])["modality"]: case[None]} for case in cases]
+            for case in cases:
+                self.check_route(list(case), target, region)
+
+        # 2. Synthesise, one batch per grid and instruction (slices of one study share both).
+        groups: dict[tuple, list[int]] = {}
+        for number, (case, sources) in enumerate(zip(cases, inputs, strict=True)):
+            key = (tuple(case), tuple((source.vae_pixels.shape, source.vit_grid) for source in sources))
+            groups.setdefault(key, []).append(number)
+        latents: list[torch.Tensor | None] = [None] * len(cases)
+        for (names, _), members in groups.items():
+            made = self.synthesise_batch(
+                [inputs[number] for number in members],
+                prompt or make_instruction(list(names), target, region),
+                [generators[number] for number in members],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                image_guidance_scale=image_guidance_scale,
+                guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale,
+                guidance_rescale_min=guidance_rescale_min,
+                timestep_shift=timestep_shift,
+                callback_on_step_end=callback_on_step_end,
+            )
+            for number, latent in zip(members, made, strict=True):
+                latents[number] = latent
+
+        # 3. Back to scanner units on the input's grid.
+        record = self.processor.image_processor.target_record(target)
+        images, records = [], []
+        for number, sources in enumerate(inputs):
+            for repetition, latent in enumerate(latents[number]):
+                images.append(self.to_output(latent, record, sources[0].geometry, output_type))
+                records.append(
+                    {
+                        "route": f"{'+'.join(cases[number])}-{target}",
+                        "region": region,
+                        "unit": record["unit"],
+                        "window": [record["low"], record["high"]],
+                        "seed": generators[number][repetition].initial_seed(),
+                        "num_inference_steps": num_inference_steps,
+                        "guidance_scale": guidance_scale,
+                        "image_guidance_scale": image_guidance_scale,
+                    }
+                )
+        if output_type == "latent":
+            images = torch.stack(images)
+        self.maybe_free_model_hooks()
+        return SynerMedGenPipelineOutput(images, records) if return_dict else (images, records)
+
+    def make_generators(self, seed, generator, n_cases: int, repetitions: int) -> list[list[torch.Generator]]:
+        """One generator per case and repetition."""
+        if seed is not None and generator is not None:
+            raise ValueError("Pass either seed or generator, not both.")
+        if generator is not None:
+            per_case = list(generator) if isinstance(generator, (list, tuple)) else [generator] * n_cases
+            if len(per_case) != n_cases:
+                raise ValueError(f"Got {len(per_case)} generators for {n_cases} cases.")
+            return [[one] * repetitions for one in per_case]
+        if seed is None:
+            seed = [int(torch.randint(2**31, (1,))) for _ in range(n_cases)]
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * n_cases
+        if len(seeds) != n_cases:
+            raise ValueError(f"Got {len(seeds)} seeds for {n_cases} cases.")
+        return [[torch.Generator().manual_seed(one + repetition) for repetition in range(repetitions)] for one in seeds]
+
+    def check_grids(self, cases: list[dict], inputs: list[list[SliceInputs]]):
+        """Every source of a case lies on one grid, and its latents fit the table of positions."""
+        table = self.model.config.max_latent_size
+        for case, sources in zip(cases, inputs, strict=True):
+            grids = {(source.geometry["height"], source.geometry["width"]) for source in sources}
+            if len(grids) > 1:
+                raise ValueError(
+                    f"The images of one case lie on different grids: {sorted(grids)} for {', '.join(map(str, case))}. "
+                    "Resample them to one grid first."
+                )
+            rows, columns = self.latent_grid(sources[0])
+            if max(rows, columns) > table:
+                raise ValueError(
+                    f"The image makes {rows}x{columns} latent tokens, but this checkpoint's table of positions is "
+                    f"{table}x{table}. Lower the image processor's vae_size['max_size']."
+                )
+
+    def synthesise_batch(
+        self, cases: list[list[SliceInputs]], instruction: str, generators: list[list[torch.Generator]], **sampling
+    ) -> list[list[torch.Tensor]]:
+        """Cases on one grid with one instruction, as one batch. Returns latents `(channels, h, w)` per case, repetition."""
+        config = self.model.config
+        rows, columns = grid = self.latent_grid(cases[0][0])
+        patch = config.latent_patch_size
+        shape = (config.latent_channels, rows * patch, columns * patch)
+        encoder_noise, noise = [], []
+        for sources, own in zip(cases, generators, strict=True):
+            for repetition, generator in enumerate(own):
+                # A case draws the noise of its encoder first, then its own: the same alone and in any batch.
+                drawn = [torch.randn(shape, generator=generator, device=generator.device) for _ in sources]
+                if repetition == 0:
+                    encoder_noise += drawn
+                size = (rows * columns, config.latent_token_dim)
+                noise.append(torch.randn(size, generator=generator, device=generator.device))
+        pixels = torch.stack([source.vae_pixels for sources in cases for source in sources])
+        encoded = self.encode_latents(pixels, torch.stack(encoder_noise))
+        tokens = [patchify(latent, patch) for latent in encoded]
+        n_sources = len(cases[0])
+        latents = [tokens[start : start + n_sources] for start in range(0, len(tokens), n_sources)]
+        contexts = self.make_contexts(
+            cases,
+            latents,
+            self.processor.text_block(instruction),
+            sampling["guidance_scale"],
+            sampling["image_guidance_scale"],
+        )
+        repetitions = len(generators[0])
+        if repetitions > 1:
+            contexts = [None if context is None else context.repeat(repetitions) for context in contexts]
+        made = self.denoise(torch.stack(noise), grid, *contexts, **sampling)
+        made = [unpatchify(one, grid, patch) for one in made]
+        return [made[start : start + repetitions] for start in range(0, len(made), repetitions)]
+
+    def to_output(self, latent: torch.Tensor, record: dict, geometry: dict, output_type: str):
+        """One latent as the caller wants it."""
+        if output_type == "latent":
+            return latent
+        pixels = self.decode_latents(latent[None])[0]
+        array = self.processor.image_processor.postprocess_slice(pixels.cpu(), record, geometry)
+        if output_type == "np":
+            return array
+        return torch.from_numpy(array) if output_type == "pt" else to_display(array, record)
+
+    # 5. Understanding -------------------------------------------------------------------------------------------------
+
+    def check_task(self, task: str, what: str):
+        if task not in self.model.config.trained_tasks:
+            learned = ", ".join(self.model.config.trained_tasks) or "none"
+            raise ValueError(
+                f"These weights cannot {what}: they have not been trained on the understanding tasks (learned so far: "
+                f"{learned}). Use a checkpoint that has been through Stage I."
+            )
+
+    @torch.no_grad()
+    def identify(self, image) -> dict[str, Any]:
+        """
+        Name the modality of an image.
+
+        Args:
+            image: One slice, as for [`~SynerMedGenPipeline.__call__`]. An array is windowed over its own range, since
+                its modality is what is asked.
+
+        Returns:
+            `dict`: `modality`, its `probability`, and `probabilities` of all modalities, from the likelihood of each
+            name as the answer.
+
+        Raises:
+            `ValueError`: The weights have not learned to identify modalities.
+        """
+        self.check_task("MI", "identify a modality")
+        scores = self.score_answers([image], MODALITY_QUESTION, list(MODALITY_NAMES.values()))
+        probabilities = dict(zip(MODALITY_NAMES, scores.softmax(0).tolist(), strict=True))
+        best = max(probabilities, key=probabilities.get)
+        return {"modality": best, "probability": probabilities[best], "probabilities": probabilities}
+
+    @torch.no_grad()
+    def answer(self, images, question: str, max_new_tokens: int = 64) -> str:
+        """
+        Answer a question about one or several images, which come before the question.
+
+        Args:
+            images: One image or a list, as for [`~SynerMedGenPipeline.__call__`].
+            question (`str`): Any text.
+            max_new_tokens (`int`, defaults to 64): Upper bound of the answer's length.
+
+        Returns:
+            `str`
+
+        Raises:
+            `ValueError`: The weights have learned no understanding task.
+        """
+        if not self.model.config.trained_tasks:
+            self.check_task("an understanding task", "answer questions")
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        inputs = self.question_inputs(images, question)
+        generated = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answer = generated[0, inputs["input_ids"].shape[1] :]
+        return self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    def question_inputs(self, images: list, question: str) -> dict[str, torch.Tensor]:
+        """Images, then the question, then the start of the answer."""
+        messages = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]}]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        windowed = [self.processor.image_processor.fetch_images(image) for image in images]
+        return self.processor(text=text, images=windowed, return_tensors="pt").to(self.model.device)
+
+    def score_answers(self, images: list, question: str, answers: list[str]) -> torch.Tensor:
+        """Log-likelihood of each answer, `(answers,)`."""
+        inputs = self.question_inputs(images, question)
+        scores = []
+        for answer in answers:
+            ids = [*self.processor.text_block(answer).ids, self.model.config.eos_token_id]
+            ids = torch.tensor([ids], device=self.model.device)
+            whole = torch.cat([inputs["input_ids"], ids], dim=1)
+            logits = self.model(
+                **{**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)},
+                logits_to_keep=ids.shape[1] + 1,
+            ).logits[:, :-1]
+            scores.append(logits.log_softmax(-1).gather(2, ids[..., None]).sum())
+        return torch.stack(scores)
+
+
+__all__ = ["SynerMedGenPipeline", "SynerMedGenPipelineOutput", "guide_velocity"]
