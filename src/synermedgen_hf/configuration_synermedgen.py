@@ -75,6 +75,9 @@ class SynerMedGenConfig(PreTrainedConfig):
         trained_routes (`list[str]`):
             Names of the routes it was trained to synthesise, such as `"brain/MRI-CT"`; empty if unknown, in which
             case no route is refused.
+        sampling (`dict`):
+            What the pipeline uses where the caller says nothing: `num_inference_steps`, `guidance_scale`,
+            `image_guidance_scale`. The defaults are SynerMedGen's published ones.
     """
 
     model_type = "synermedgen"
@@ -97,6 +100,7 @@ class SynerMedGenConfig(PreTrainedConfig):
     target_token_id: int = 151656
     trained_tasks: list[str] | None = None
     trained_routes: list[str] | None = None
+    sampling: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -113,6 +117,12 @@ class SynerMedGenConfig(PreTrainedConfig):
             }
         self.trained_tasks = list(self.trained_tasks or [])
         self.trained_routes = list(self.trained_routes or [])
+        self.sampling = {
+            "num_inference_steps": 49,
+            "guidance_scale": 4.0,
+            "image_guidance_scale": 1.5,
+            **(self.sampling or {}),
+        }
         super().__post_init__(**kwargs)
 
     @property

@@ -485,9 +485,9 @@ class SynerMedGenPipeline(DiffusionPipeline):
         source: str | None = None,
         region: str | None = None,
         prompt: str | None = None,
-        num_inference_steps: int = 49,
-        guidance_scale: float = 4.0,
-        image_guidance_scale: float = 1.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: str = "text_channel",
         guidance_rescale_min: float = 0.0,
@@ -516,10 +516,12 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 `"brain"`, `"pelvis"` or `"whole-body"`.
             prompt (`str`, *optional*):
                 Instruction to use instead of the one made from source, target and region.
-            num_inference_steps (`int`, defaults to 49):
-                Evaluations of the model (BAGEL's `num_timesteps=50` makes 49).
-            guidance_scale, image_guidance_scale (`float`, defaults to 4.0 and 1.5):
-                Guidance by the text and by the images, see [`guide_velocity`]; at most 1 switches it off.
+            num_inference_steps (`int`, *optional*):
+                Evaluations of the model (BAGEL's `num_timesteps=50` makes 49). The default is the checkpoint's, from
+                `model.config.sampling`.
+            guidance_scale, image_guidance_scale (`float`, *optional*):
+                Guidance by the text and by the images, see [`guide_velocity`]; at most 1 switches it off. The defaults
+                are the checkpoint's.
             guidance_interval (`tuple[float, float]`, defaults to (0, 1)):
                 Timesteps `low < t <= high` that are guided.
             guidance_rescale (`str`, defaults to `"text_channel"`), guidance_rescale_min (`float`, defaults to 0):
@@ -551,6 +553,13 @@ class SynerMedGenPipeline(DiffusionPipeline):
             `ValueError`: An argument or an image cannot be used; said before any computing.
         """
         # 1. Check everything.
+        defaults = self.model.config.sampling
+        if num_inference_steps is None:
+            num_inference_steps = defaults["num_inference_steps"]
+        if guidance_scale is None:
+            guidance_scale = defaults["guidance_scale"]
+        if image_guidance_scale is None:
+            image_guidance_scale = defaults["image_guidance_scale"]
         self.check_inputs(
             target,
             region,

@@ -1,0 +1,148 @@
+"""Make the untrained starting point of the demonstration weights: SynerMedGen's own classes at toy size.
+
+    python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init
+
+The result is an ordinary pipeline folder with random transformer weights, the trained autoencoder and a small tokenizer
+made from SynerMedGen's own sentences; `examples/train_generation.py` takes it from there.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from synermedgen_hf import (
+    SynerMedGenConfig,
+    SynerMedGenForConditionalGeneration,
+    SynerMedGenImageProcessor,
+    SynerMedGenPipeline,
+    SynerMedGenProcessor,
+)
+from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, MODALITY_QUESTION, REGION_NAMES, make_instruction
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--intermediate_size", type=int, default=512)
+    parser.add_argument("--num_hidden_layers", type=int, default=5)
+    parser.add_argument("--vit_hidden_size", type=int, default=128)
+    parser.add_argument("--vit_layers", type=int, default=2)
+    parser.add_argument("--vocab_size", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like Qwen2.5's, with the same special tokens, learned on the sentences the model meets."""
+    regions = [None, *REGION_NAMES]
+    sentences = [
+        make_instruction(source, target, region)
+        for source, target, region in itertools.product(MODALITY_NAMES, MODALITY_NAMES, regions)
+        if source != target
+    ]
+    sentences += [
+        make_instruction([one, other], "T2", region)
+        for one, other, region in itertools.product(MODALITY_NAMES, MODALITY_NAMES, regions)
+        if one != other
+    ]
+    sentences += [MODALITY_QUESTION, *MODALITY_NAMES.values()] * 20
+    sentences += ["Option A", "Option B", "Option C", "Option D", "Which of the images A, B, C and D shows the same slice?"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left"
+    )
+
+
+def main(args):
+    set_seed(args.seed)
+    vae = AutoencoderKL.from_pretrained(args.vae)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_patch, vit_patch, vit_side = 16 // scale, 16, 96
+    no_bound = 14112 * 128
+    image_processor = SynerMedGenImageProcessor(
+        vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": no_bound},
+        vit_size={"max_size": vit_side, "min_size": vit_side, "stride": vit_patch, "max_pixels": no_bound},
+        vit_patch_size=vit_patch,
+        vit_max_patches_per_side=vit_side // vit_patch,
+        latent_max_per_side=32,
+        latent_stride=16,
+        intensity={
+            **SynerMedGenImageProcessor.intensity,
+            "PET": {"unit": "SUV", "low": 0.0, "high": 20.0, "scale": "asinh", "softening": 1.0},
+        },
+    )
+    processor = SynerMedGenProcessor(image_processor, make_tokenizer(args.vocab_size))
+    config = SynerMedGenConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": args.hidden_size,
+            "intermediate_size": args.intermediate_size,
+            "num_hidden_layers": args.num_hidden_layers,
+            "num_attention_heads": args.hidden_size // 64,
+            "num_key_value_heads": max(1, args.hidden_size // 128),
+            "max_position_embeddings": 4096,
+        },
+        vision_config={
+            "hidden_size": args.vit_hidden_size,
+            "intermediate_size": 4 * args.vit_hidden_size,
+            "num_hidden_layers": args.vit_layers,
+            "num_attention_heads": args.vit_hidden_size // 32,
+            "image_size": vit_side,
+            "patch_size": vit_patch,
+            "vision_use_head": False,
+        },
+        latent_channels=vae.config.latent_channels,
+        latent_patch_size=latent_patch,
+        max_latent_size=32,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        **{
+            name: getattr(processor, name)
+            for name in (
+                "bos_token_id",
+                "eos_token_id",
+                "vision_start_token_id",
+                "vision_end_token_id",
+                "image_token_id",
+                "latent_token_id",
+                "target_token_id",
+            )
+        },
+    )
+    model = SynerMedGenForConditionalGeneration(config)
+    pipe = SynerMedGenPipeline(model, processor, vae, FlowMatchEulerDiscreteScheduler(shift=1.0))
+    pipe.save_pretrained(args.output_dir)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count / 1e6:.2f} M parameters, {torch.finfo(torch.bfloat16).bits // 8 * count / 1e6:.1f} MB in bfloat16")
+
+
+if __name__ == "__main__":
+    main(parse_args())

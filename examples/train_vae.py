@@ -1,0 +1,174 @@
+"""Train the small autoencoder of the demonstration weights on the digital phantom.
+
+    python examples/train_vae.py --output_dir runs/vae
+
+One grey-level slice in [-1, 1] (the image processor's codec) becomes a latent of a quarter of its side. The loss is
+L1 + SSIM + a light KL term; there is no adversary, since an invented texture is the last thing wanted here. At the end
+`scaling_factor` and `shift_factor` are measured on the training latents, so that the generator sees unit variance.
+
+Checkpoints are written every `--checkpointing_steps`; `--resume_from_checkpoint latest` continues from the newest.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from synermedgen_hf.data.phantom import load_phantom
+from synermedgen_hf.image_processing_synermedgen import SynerMedGenImageProcessor
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated cases are kept")
+    parser.add_argument("--train_cases", type=int, default=200, help="simulated subjects per protocol")
+    parser.add_argument("--slices_per_case", type=int, default=8)
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 48, 64])
+    parser.add_argument("--latent_channels", type=int, default=4)
+    parser.add_argument("--layers_per_block", type=int, default=1)
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--max_train_steps", type=int, default=3000)
+    parser.add_argument("--max_train_minutes", type=float, default=math.inf, help="end the schedule early by the clock")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--lr_warmup_steps", type=int, default=50)
+    parser.add_argument("--ssim_weight", type=float, default=0.2)
+    parser.add_argument("--kl_weight", type=float, default=1e-5)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
+    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--resume_from_checkpoint", default=None, help='"latest" or a folder')
+    parser.add_argument("--num_proc", type=int, default=2, help="processes that simulate cases")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def encode_slices(cases, image_processor) -> torch.Tensor:
+    """Every slice of every modality as the codec sees it: `(n, height, width)` float16 in [-1, 1]."""
+    slices = []
+    for case in tqdm(cases, desc="codec"):
+        for modality, volume in case.images.items():
+            window = image_processor.intensity_window(volume, modality)
+            for image in volume:
+                slices.append(image_processor.preprocess_slice(image, modality, window).vae_pixels[0].half())
+    return torch.stack(slices)
+
+
+def ssim_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """1 - mean SSIM over 7x7 windows (Wang et al. 2004, K = 0.01 and 0.03) of images in [-1, 1], range 2."""
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+
+    def mean(image):
+        return F.avg_pool2d(image, 7, 1)
+
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    return 1 - (((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
+
+
+def main(args):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    set_seed(args.seed)
+    image_processor = SynerMedGenImageProcessor(
+        vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": 14112 * 128}
+    )
+    cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
+    data = encode_slices(cases, image_processor)
+    logger.info("%d slices of %d simulated subjects", len(data), len(cases))
+
+    levels = len(args.block_out_channels)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=args.block_out_channels,
+        layers_per_block=args.layers_per_block,
+        latent_channels=args.latent_channels,
+        norm_num_groups=8,
+        sample_size=args.resolution,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    ).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    scheduler = get_scheduler("cosine", optimizer, args.lr_warmup_steps, args.max_train_steps)
+    loader = DataLoader(data, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
+    vae, optimizer, loader, scheduler = accelerator.prepare(vae, optimizer, loader, scheduler)
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    step = 0
+    if args.resume_from_checkpoint:
+        folders = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        folder = folders[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
+        accelerator.load_state(folder)
+        step = int(folder.name.split("-")[1])
+
+    start, log = time.monotonic(), open(args.output_dir / "log.jsonl", "a")
+    progress = tqdm(total=args.max_train_steps, initial=step, desc="VAE")
+    done = step >= args.max_train_steps
+    while not done:
+        for pixels in loader:
+            pixels = pixels.float()[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            with accelerator.autocast():
+                posterior = accelerator.unwrap_model(vae).encode(pixels).latent_dist
+                decoded = accelerator.unwrap_model(vae).decode(posterior.sample()).sample
+            made, wanted = decoded.float().mean(1, keepdim=True), pixels[:, :1]
+            l1, ssim = (decoded.float() - pixels).abs().mean(), ssim_loss(made, wanted)
+            kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+            loss = l1 + args.ssim_weight * ssim + args.kl_weight * kl
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            progress.update()
+            if step % 25 == 0:
+                row = {"step": step, "l1": l1.item(), "ssim": 1 - ssim.item(), "kl": kl.item()}
+                row["minutes"] = (time.monotonic() - start) / 60
+                progress.set_postfix(l1=f"{row['l1']:.4f}", ssim=f"{row['ssim']:.4f}")
+                log.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+                log.flush()
+            if step % args.checkpointing_steps == 0:
+                accelerator.save_state(args.output_dir / f"checkpoint-{step}")
+            done = step >= args.max_train_steps
+            if done:
+                break
+
+    vae = accelerator.unwrap_model(vae).eval()
+    measure_latents(vae, data, args.train_batch_size)
+    vae.save_pretrained(args.output_dir / "vae")
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    logger.info("saved %s", args.output_dir / "vae")
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def measure_latents(vae, data: torch.Tensor, batch_size: int, n: int = 512):
+    """Set `shift_factor` and `scaling_factor` so that `(z - shift) * scale` has mean 0 and variance 1."""
+    chosen = data[torch.linspace(0, len(data) - 1, min(n, len(data))).long()].float()[:, None].expand(-1, 3, -1, -1)
+    latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in chosen.split(batch_size)])
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+if __name__ == "__main__":
+    main(parse_args())
