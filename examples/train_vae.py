@@ -38,7 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--train_cases", type=int, default=200, help="simulated subjects per protocol")
     parser.add_argument("--slices_per_case", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 48, 64])
+    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--latent_channels", type=int, default=4)
     parser.add_argument("--layers_per_block", type=int, default=1)
     parser.add_argument("--train_batch_size", type=int, default=16)
@@ -109,7 +109,9 @@ def main(args):
         shift_factor=0.0,
     ).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    scheduler = get_scheduler("cosine", optimizer, args.lr_warmup_steps, args.max_train_steps)
+    scheduler = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
     loader = DataLoader(data, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
     vae, optimizer, loader, scheduler = accelerator.prepare(vae, optimizer, loader, scheduler)
 
