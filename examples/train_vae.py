@@ -12,7 +12,6 @@ Checkpoints are written every `--checkpointing_steps`; `--resume_from_checkpoint
 import argparse
 import json
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -38,13 +37,12 @@ def parse_args(argv=None):
     parser.add_argument("--train_cases", type=int, default=200, help="simulated subjects per protocol")
     parser.add_argument("--slices_per_case", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 48, 64])
     parser.add_argument("--latent_channels", type=int, default=4)
     parser.add_argument("--layers_per_block", type=int, default=1)
-    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--max_train_steps", type=int, default=3000)
-    parser.add_argument("--max_train_minutes", type=float, default=math.inf, help="end the schedule early by the clock")
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=50)
     parser.add_argument("--ssim_weight", type=float, default=0.2)
     parser.add_argument("--kl_weight", type=float, default=1e-5)
@@ -117,8 +115,8 @@ def main(args):
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     step = 0
-    if args.resume_from_checkpoint:
-        folders = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    folders = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if args.resume_from_checkpoint and (folders or args.resume_from_checkpoint != "latest"):
         folder = folders[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
         accelerator.load_state(folder)
         step = int(folder.name.split("-")[1])

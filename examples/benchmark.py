@@ -1,0 +1,295 @@
+"""Speed and memory, as ratios measured in one run.
+
+    python examples/benchmark.py --output benchmark.json
+
+* `tiny`: one synthesis with the bundled weights (20 steps, text and image guidance): seconds, peak memory of the
+  process, and a batch of 8 slices against 8 single calls.
+* `W1`, `W2`: a mid-size model with random weights, 10 evaluations with both guidances (W1) or none (W2), context
+  prefill included, VAE excluded, against its *ideal*: the bare matrix products and attention calls that this work
+  cannot do without, on buffers allocated beforehand. 1.0 would be a model that spends no time on anything else.
+* `cache`: the same denoising with the context recomputed at every step, against the cached context.
+
+Runs of one comparison are interleaved and their medians compared, so that the machine's mood falls on both sides.
+Seconds belong to one machine; ratios travel.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tqdm.auto import tqdm
+
+from synermedgen_hf import (
+    SynerMedGenConfig,
+    SynerMedGenForConditionalGeneration,
+    SynerMedGenPipeline,
+    checkpoint_path,
+)
+from synermedgen_hf.data.phantom import simulate_case
+from synermedgen_hf.image_processing_synermedgen import SliceInputs
+from synermedgen_hf.processing_synermedgen import ImageBlock, TextBlock, build_sequence
+
+# The mid-size model.
+HIDDEN, MLP, LAYERS, HEADS, KV_HEADS, HEAD = 512, 1408, 8, 8, 2, 64
+VIT_HIDDEN, VIT_MLP, VIT_LAYERS, VIT_HEADS, PATCH = 256, 1024, 4, 4, 14
+LATENT_GRID, VIT_GRID, TEXT, EVALUATIONS = (16, 16), (18, 18), 32, 10
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="pipeline folder or repository; the bundled weights by default")
+    parser.add_argument("--output", type=Path, default=None, help="where to write the figures as JSON")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
+    parser.add_argument("--only", nargs="+", choices=["tiny", "W1", "W2", "cache"], default=["tiny", "W1", "W2", "cache"])
+    return parser.parse_args(argv)
+
+
+def medians(repeats: int, **work) -> dict[str, float]:
+    """Median seconds of each piece of work; one warm-up run each, then `repeats` rounds that take turns."""
+    for run in work.values():
+        run()
+    seconds = {name: [] for name in work}
+    for _ in tqdm(range(repeats), desc=" against ".join(work)):
+        for name, run in work.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bundled weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def benchmark_tiny(args) -> dict:
+    pipe = SynerMedGenPipeline.from_pretrained(args.model or checkpoint_path())
+    pipe.set_progress_bar_config(disable=True)
+    slices = list(simulate_case("brain", "synthrad", seed=2_000_000, num_slices=8).images["MRI"])
+    options = {"target": "CT", "source": "MRI", "region": "brain", "output_type": "np", "seed": 0}
+    options |= {"num_inference_steps": 20, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    pipe(slices[0], **options)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    seconds = medians(
+        args.repeats,
+        single=lambda: pipe(slices[0], **options),
+        batch_of_8=lambda: pipe(slices, **options),
+        eight_singles=lambda: [pipe(image, **options) for image in slices],
+    )
+    return {
+        "seconds_one_synthesis": seconds["single"],
+        "peak_memory_mb": peak / 1e6,
+        "batch_of_8_to_8_singles": seconds["batch_of_8"] / seconds["eight_singles"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mid-size model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_pipeline() -> SynerMedGenPipeline:
+    torch.manual_seed(0)
+    special = ["bos", "eos", "pad", "vision_start", "vision_end", "image", "latent", "target"]
+    config = SynerMedGenConfig(
+        text_config={
+            "vocab_size": 2048,
+            "hidden_size": HIDDEN,
+            "intermediate_size": MLP,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+        },
+        vision_config={
+            "hidden_size": VIT_HIDDEN,
+            "intermediate_size": VIT_MLP,
+            "num_hidden_layers": VIT_LAYERS,
+            "num_attention_heads": VIT_HEADS,
+            "image_size": 70 * PATCH,
+            "patch_size": PATCH,
+            "vision_use_head": False,
+        },
+        **{f"{name}_token_id": 2040 + index for index, name in enumerate(special)},
+    )
+    model = SynerMedGenForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.llm2vae.weight, std=0.02)
+    # Only its number of levels matters here: it is never run.
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+    )
+    pipe = SynerMedGenPipeline(model, None, vae, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Synthesis:
+    """One request: context [VAE 256+2][ViT 324+2][text 32+2], target 256+2."""
+
+    def __init__(self, guided: bool):
+        self.pipe = make_pipeline()
+        self.scales = {"guidance_scale": 4.0, "image_guidance_scale": 1.5} if guided else {}
+        self.scales = self.scales or {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
+        generator = torch.Generator().manual_seed(0)
+        self.noise = torch.randn(1, 256, 64, generator=generator)
+        self.latents = torch.randn(256, 64, generator=generator)
+        patches = torch.randn(324, 3 * PATCH**2, generator=generator)
+        self.source = SliceInputs(torch.zeros(3, 256, 256), patches, VIT_GRID, {}, {})
+        self.text = TextBlock(list(range(TEXT)))
+
+    def contexts(self):
+        return self.pipe.make_contexts([[self.source]], [[self.latents]], self.text, *self.scales.values())
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        return self.pipe.denoise(
+            self.noise, LATENT_GRID, *self.contexts(), num_inference_steps=EVALUATIONS, **self.scales
+        )
+
+    @torch.no_grad()
+    def run_without_cache(self) -> torch.Tensor:
+        """The full sequence at every step, context and target in one forward. Without guidance only."""
+        pipe, config = self.pipe, self.pipe.model.config
+        blocks = [ImageBlock("latent", LATENT_GRID), ImageBlock("image", VIT_GRID), self.text]
+        sequence = build_sequence(config, [*blocks, ImageBlock("target", LATENT_GRID)])
+        pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 0, EVALUATIONS + 1)[:-1])
+        tokens = self.noise[0]
+        for step, timestep in enumerate(pipe.scheduler.timesteps):
+            velocity = pipe.model(
+                input_ids=torch.tensor([sequence.input_ids]),
+                pixel_values=self.source.vit_patches,
+                image_grid_hw=torch.tensor([VIT_GRID]),
+                latents=torch.cat([self.latents, tokens]),
+                latent_grid_hw=torch.tensor([LATENT_GRID] * 2),
+                timestep=torch.tensor([0.0, float(pipe.scheduler.sigmas[step])]),
+                use_cache=False,
+            ).velocity
+            tokens = pipe.scheduler.step(velocity, timestep, tokens).prev_sample
+        return tokens[None]
+
+
+class Ideal:
+    """
+    What one request cannot do without: its matrix products and attention calls, nothing between them.
+
+    Weights and inputs are random buffers. Query, key and value are one product, gate and up another; all branches are
+    one batch padded to the longest context, attended without a mask.
+    """
+
+    def __init__(self, guided: bool):
+        self.buffers = {}
+        self.generator = torch.Generator().manual_seed(0)
+        latent, vit, text = 258, 326, TEXT + 2
+        self.prefill = [(latent, latent, "gen"), (vit, latent + vit, "und"), (text, latent + vit + text, "und")]
+        if guided:
+            self.prefill.append((text, text, "und"))
+        self.branches = 3 if guided else 1
+        self.target, self.keys = 258, latent + vit + text + 258
+        width = HIDDEN + 2 * KV_HEADS * HEAD
+        shapes = {"qkv": (width, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * MLP, HIDDEN), "down": (HIDDEN, MLP)}
+        self.experts = {
+            (expert, layer, name): self.random(*shape)
+            for expert in ("und", "gen")
+            for layer in range(LAYERS)
+            for name, shape in shapes.items()
+        }
+        shapes = {"qkv": (3 * VIT_HIDDEN, VIT_HIDDEN), "o": (VIT_HIDDEN, VIT_HIDDEN)}
+        shapes |= {"fc1": (VIT_MLP, VIT_HIDDEN), "fc2": (VIT_HIDDEN, VIT_MLP)}
+        self.vit = [{name: self.random(*shape) for name, shape in shapes.items()} for _ in range(VIT_LAYERS)]
+        self.ends = [self.random(VIT_HIDDEN, 3 * PATCH**2), self.random(HIDDEN, VIT_HIDDEN), self.random(HIDDEN, HIDDEN)]
+
+    def random(self, *shape) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator) / shape[-1] ** 0.5
+
+    def buffer(self, *key) -> torch.Tensor:
+        """A random buffer of a use and a shape, made on first use, that is, in the warm-up run."""
+        if key not in self.buffers:
+            self.buffers[key] = self.random(*key[1:])
+        return self.buffers[key]
+
+    def product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.mm(rows, weight.t(), out=self.buffer(f"out{id(weight)}", len(rows), len(weight)))
+
+    def attend(self, query, batch: int, keys: int, heads: int, kv_heads: int) -> torch.Tensor:
+        query = query.view(batch, -1, heads, query.shape[1] // heads).transpose(1, 2)
+        key, value = (self.buffer(name, batch, kv_heads, keys, query.shape[-1]) for name in ("key", "value"))
+        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=heads != kv_heads)
+        return attended.transpose(1, 2).reshape(-1, heads * query.shape[-1])
+
+    def layer(self, rows: int, batch: int, keys: int, expert: str, layer: int):
+        hidden = self.buffer("hidden", rows, HIDDEN)
+        weight = {name: self.experts[expert, layer, name] for name in ("qkv", "o", "gate_up", "down")}
+        query = self.product(hidden, weight["qkv"])[:, :HIDDEN]
+        self.product(self.attend(query, batch, keys, HEADS, KV_HEADS), weight["o"])
+        self.product(self.product(hidden, weight["gate_up"])[:, :MLP], weight["down"])
+
+    @torch.no_grad()
+    def run(self):
+        hidden = self.product(self.buffer("pixels", 324, 3 * PATCH**2), self.ends[0])
+        for weight in self.vit:
+            query = self.product(hidden, weight["qkv"])[:, :VIT_HIDDEN]
+            self.product(self.attend(query, 1, 324, VIT_HEADS, VIT_HEADS), weight["o"])
+            self.product(self.product(hidden, weight["fc1"]), weight["fc2"])
+        self.product(self.product(hidden, self.ends[1]), self.ends[2])
+        for layer in range(LAYERS):
+            for rows, keys, expert in self.prefill:
+                self.layer(rows, 1, keys, expert, layer)
+        for _ in range(EVALUATIONS):
+            for layer in range(LAYERS):
+                self.layer(self.branches * self.target, self.branches, self.keys, "gen", layer)
+
+
+def benchmark_ideal(args, guided: bool) -> dict:
+    ours, ideal = Synthesis(guided), Ideal(guided)
+    seconds = medians(args.repeats, ours=ours.run, ideal=ideal.run)
+    return {"seconds": seconds["ours"], "seconds_ideal": seconds["ideal"], "ratio": seconds["ours"] / seconds["ideal"]}
+
+
+def benchmark_cache(args) -> dict:
+    synthesis = Synthesis(guided=False)
+    torch.testing.assert_close(synthesis.run(), synthesis.run_without_cache(), atol=1e-4, rtol=1e-4)
+    seconds = medians(args.repeats, cached=synthesis.run, recomputed=synthesis.run_without_cache)
+    return {"seconds_cached": seconds["cached"], "recomputed_to_cached": seconds["recomputed"] / seconds["cached"]}
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result = {
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}
+    }
+    # The bundled weights first: the peak memory of the process is then theirs.
+    work = {
+        "tiny": benchmark_tiny,
+        "W1": lambda args: benchmark_ideal(args, guided=True),
+        "W2": lambda args: benchmark_ideal(args, guided=False),
+        "cache": benchmark_cache,
+    }
+    for name, measure in work.items():
+        if name in args.only:
+            result[name] = measure(args)
+    print("\n| item | figure | value |\n|---|---|---|")
+    for name in args.only:
+        for figure, value in result[name].items():
+            print(f"| {name} | {figure.replace('_', ' ')} | {value:.3g} |")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_args())
