@@ -53,7 +53,7 @@ endif
 	touch $@
 
 demo: $(INSTALLED)
-	$(PY) examples/demo.py --output demo_output
+	$(PY) examples/demo.py --output_dir demo_output
 
 test: $(INSTALLED)
 	$(PY) -m pytest

@@ -50,7 +50,9 @@ def parse_args(argv=None):
     parser.add_argument("--output", type=Path, default=None, help="where to write the figures as JSON")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
-    parser.add_argument("--only", nargs="+", choices=["tiny", "W1", "W2", "cache"], default=["tiny", "W1", "W2", "cache"])
+    parser.add_argument(
+        "--only", nargs="+", choices=["tiny", "W1", "W2", "cache"], default=["tiny", "W1", "W2", "cache"]
+    )
     return parser.parse_args(argv)
 
 
@@ -210,7 +212,11 @@ class Ideal:
         shapes = {"qkv": (3 * VIT_HIDDEN, VIT_HIDDEN), "o": (VIT_HIDDEN, VIT_HIDDEN)}
         shapes |= {"fc1": (VIT_MLP, VIT_HIDDEN), "fc2": (VIT_HIDDEN, VIT_MLP)}
         self.vit = [{name: self.random(*shape) for name, shape in shapes.items()} for _ in range(VIT_LAYERS)]
-        self.ends = [self.random(VIT_HIDDEN, 3 * PATCH**2), self.random(HIDDEN, VIT_HIDDEN), self.random(HIDDEN, HIDDEN)]
+        self.ends = [
+            self.random(VIT_HIDDEN, 3 * PATCH**2),
+            self.random(HIDDEN, VIT_HIDDEN),
+            self.random(HIDDEN, HIDDEN),
+        ]
 
     def random(self, *shape) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator) / shape[-1] ** 0.5

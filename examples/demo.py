@@ -49,7 +49,13 @@ def mni_slice(z_mm: float = 10.0) -> np.ndarray:
 def make_cases(seed: int) -> list[dict]:
     """What the demo shows: title, source and its modality, target, region, reference or `None`."""
     cases = [
-        {"title": "Real MR template (MNI152)", "image": mni_slice(), "source": "MRI", "target": "CT", "region": "brain"}
+        {
+            "title": "Real MR template (MNI152)",
+            "image": mni_slice(),
+            "source": "MRI",
+            "target": "CT",
+            "region": "brain",
+        }
     ]
     for region, protocol, source, target in (
         ("brain", "synthrad", "MRI", "CT"),
@@ -80,7 +86,10 @@ def measure(pipe, prediction: np.ndarray, reference: np.ndarray, target: str) ->
     wanted, record = codec.encode_intensity(reference, target)
     ssim = structural_similarity(made, wanted, data_range=2.0)
     if record["unit"] in ("HU", "SUV"):
-        return {"ssim_codec_frame": float(ssim), f"mae_{record['unit'].lower()}_frame": float(np.abs(prediction - reference).mean())}
+        return {
+            "ssim_codec_frame": float(ssim),
+            f"mae_{record['unit'].lower()}_frame": float(np.abs(prediction - reference).mean()),
+        }
     return {"ssim_codec_frame": float(ssim), "mae_codec01_frame": float(np.abs(made - wanted).mean() / 2)}
 
 
@@ -102,7 +111,9 @@ def draw(rows: list[dict], path: Path):
         show(axis_source, row["image"], row["source"], f"{row['title']}: {row['source']}", unit=source_unit)
         show(axis_made, row["made"], row["target"], f"synthesised {row['target']}", unit=unit)
         if row.get("reference") is None:
-            axis_wanted.text(0.5, 0.5, "no reference:\na real scan without its pair", ha="center", va="center", fontsize=9)
+            axis_wanted.text(
+                0.5, 0.5, "no reference:\na real scan without its pair", ha="center", va="center", fontsize=9
+            )
             continue
         reference, made = row["reference"], row["made"]
         if unit == "a.u.":  # an MR has no absolute scale: put the reference on the synthesis's
@@ -136,7 +147,13 @@ def main(args):
             output_type="np",
         )
         made, record = output.images[0], output.records[0]
-        row = {**case, "made": made, "unit": record["unit"], "seconds": round(time.perf_counter() - start, 2), "record": record}
+        row = {
+            **case,
+            "made": made,
+            "unit": record["unit"],
+            "seconds": round(time.perf_counter() - start, 2),
+            "record": record,
+        }
         if case.get("reference") is not None:
             row["metrics"] = measure(pipe, made, case["reference"], case["target"])
         rows.append(row)
@@ -145,7 +162,7 @@ def main(args):
     report = {
         "model": str(args.model or "synermedgen-tiny"),
         "notice": "Demonstration weights trained on simulated scans. Not for clinical use.",
-        "protocol": "SSIM: scikit-image, 7x7 uniform window, whole frame, codec scale; mean absolute error: whole frame",
+        "protocol": "SSIM: scikit-image, 7x7 uniform window, frame, codec scale; mean absolute error: frame",
         "cases": [
             {
                 "title": row["title"],

@@ -2,8 +2,8 @@
 
     python examples/evaluate_routes.py --output runs/tiny/evaluation.json
 
-SSIM is scikit-image's (7x7 uniform window) over the whole frame on the codec's scale, times 100, mean over slices. "copy"
-takes the source's picture as the answer; "ceiling" is the true target through the autoencoder and back, which no
+SSIM is scikit-image's (7x7 uniform window) over the whole frame on the codec's scale, times 100, mean over slices.
+"copy" takes the source's picture as the answer; "ceiling" is the true target through the autoencoder and back, which no
 generator behind this autoencoder can beat by much. Subjects are those of the phantom's test split.
 """
 
@@ -52,7 +52,9 @@ def main(args):
     }
     rows = []
     for route in tqdm(ROUTES, desc="routes"):
-        mine = [case for case in cases if case.region == route.region and {route.source, route.target} <= case.images.keys()]
+        mine = [
+            case for case in cases if case.region == route.region and {route.source, route.target} <= case.images.keys()
+        ]
         sources, pictures, wanted = [], [], []
         for case in mine:
             window = codec.intensity_window(case.images[route.source], route.source)
@@ -98,7 +100,7 @@ def main(args):
     better = sum(row["ssim"] > row["copy"] for row in rows)
     result = {
         "protocol": "ssim x100, scikit-image 7x7 uniform, whole frame, codec scale, mean over slices",
-        "subjects": f"{args.cases} simulated subjects per protocol, {args.split} split, {args.slices_per_case} slices each",
+        "subjects": f"{args.cases} simulated subjects per protocol, {args.split} split, {args.slices_per_case} slices",
         "sampling": {key: value for key, value in options.items() if value is not None} or pipe.model.config.sampling,
         "mean": mean,
         "routes_above_copy": better,

@@ -66,7 +66,13 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         if one != other
     ]
     sentences += [MODALITY_QUESTION, *MODALITY_NAMES.values()] * 20
-    sentences += ["Option A", "Option B", "Option C", "Option D", "Which of the images A, B, C and D shows the same slice?"]
+    sentences += [
+        "Option A",
+        "Option B",
+        "Option C",
+        "Option D",
+        "Which of the images A, B, C and D shows the same slice?",
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -65,7 +65,9 @@ def parse_args(argv=None):
     parser.add_argument("--drop_vae", type=float, default=0.3, help="... a source's latents")
     parser.add_argument("--drop_vit", type=float, default=0.3, help="... a source's ViT patches")
     parser.add_argument("--drop_region", type=float, default=0.3, help="... the region's name in the instruction")
-    parser.add_argument("--multi_source", type=float, default=0.1, help="probability of several sources where there are")
+    parser.add_argument(
+        "--multi_source", type=float, default=0.1, help="probability of several sources where there are"
+    )
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
@@ -204,7 +206,9 @@ def main(args):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    logger.info("training %.2f of %.2f M parameters", sum(map(torch.numel, trained)) / 1e6, model.num_parameters() / 1e6)
+    logger.info(
+        "training %.2f of %.2f M parameters", sum(map(torch.numel, trained)) / 1e6, model.num_parameters() / 1e6
+    )
     optimizer = torch.optim.AdamW(
         trained,
         lr=args.learning_rate,

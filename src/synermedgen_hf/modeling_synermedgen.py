@@ -149,26 +149,29 @@ def read_layout(config: SynerMedGenConfig, input_ids: torch.LongTensor, attentio
 
 
 def allowed_attention(
-    layout: SequenceLayout, queries: torch.LongTensor, keys: torch.LongTensor, valid: torch.BoolTensor, past: int
+    layout: SequenceLayout, queries: torch.LongTensor, keys: torch.LongTensor, valid: torch.BoolTensor
 ) -> torch.BoolTensor:
     """
     The one attention rule. A token sees everything before it except noised blocks, and all of its own image block.
 
     Args:
         layout ([`SequenceLayout`]): Of the new tokens.
-        queries, keys (`torch.LongTensor` of shape `(batch, n)`): Sequence index of each query and of each new key.
-        valid (`torch.BoolTensor` of shape `(batch, past + n_keys)`): Keys that are not padding.
-        past (`int`): Length of the cache, whose keys come first and are seen by every query.
+        queries, keys (`torch.LongTensor` of shape `(batch, n)`): Sequence index of each query and of each key.
+        valid (`torch.BoolTensor` of shape `(batch, n_keys)`): Keys that are not padding.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, 1, n_queries, past + n_keys)`: True where attention is allowed.
+        `torch.BoolTensor` of shape `(batch, 1, n_queries, n_keys)`: True where attention is allowed.
     """
     query_block, key_block = layout.block.gather(1, queries), layout.block.gather(1, keys)
     key_is_noise = layout.is_noise.gather(1, keys)
     same_block = (query_block[:, :, None] == key_block[:, None, :]) & (query_block[:, :, None] >= 0)
     earlier = (keys[:, None, :] <= queries[:, :, None]) & ~key_is_noise[:, None, :]
-    allowed = nn.functional.pad(same_block | earlier, (past, 0), value=True)
-    return (allowed & valid[:, None, :])[:, None]
+    return ((same_block | earlier) & valid[:, None, :])[:, None]
+
+
+def cache_length(cache: Cache | None) -> int:
+    """Tokens in a cache; 0 for none."""
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def backend_mask(allowed: torch.BoolTensor, implementation: str, dtype: torch.dtype):
@@ -343,26 +346,28 @@ class SynerMedGenAttention(nn.Module):
         key: torch.FloatTensor,
         value: torch.FloatTensor,
         position_embeddings: tuple[torch.FloatTensor, torch.FloatTensor],
-        attention_mask=None,
-        past_key_values: Cache | None = None,
+        caches: list[Cache | None],
+        masks: list,
         use_cache: bool = False,
         sequence_order: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """Rotate, meet the cache, attend. Returns `(batch, tokens, hidden)` before the output projection."""
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        outputs = []
+        groups = (tensor.chunk(len(caches)) for tensor in (query, key, value))
+        for query, key, value, cache, mask in zip(*groups, caches, masks, strict=True):
             if use_cache:
                 if sequence_order is not None:
                     index = sequence_order[:, None, :, None].expand(-1, key.shape[1], -1, self.head_dim)
                     key, value = key.gather(2, index), value.gather(2, index)
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            else:
-                past = past_key_values.layers[self.layer_idx]
+                key, value = cache.update(key, value, self.layer_idx)
+            elif cache_length(cache):
+                past = cache.layers[self.layer_idx]
                 key, value = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        # is_causal must be said: without a mask, scaled_dot_product_attention would otherwise be told "causal".
-        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, is_causal=False)
-        return output.flatten(2)
+            # is_causal must be said: without a mask, scaled_dot_product_attention would otherwise be told "causal".
+            outputs.append(attention(self, query, key, value, mask, scaling=self.scaling, is_causal=False)[0])
+        return torch.cat(outputs).flatten(2)
 
 
 class SynerMedGenDecoderLayer(GradientCheckpointingLayer):
@@ -594,8 +599,9 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
                 0 at padding.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Rotary positions. Read off `input_ids` if absent; needed when continuing a cache.
-            past_key_values (`Cache`, *optional*):
-                Earlier context, seen by every new token.
+            past_key_values (`Cache` or `list[Cache]`, *optional*):
+                Earlier context, seen by every new token. A list gives each of as many equal groups of consecutive rows
+                a context of its own length, without padding: the branches of guidance. It is only read.
             pixel_values, image_grid_hw:
                 See [`~SynerMedGenModel.get_image_features`].
             latents, latent_grid_hw, timestep:
@@ -614,16 +620,24 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
 
         Raises:
             `ValueError`: Features and their places do not match in number, an image does not fit a position table,
-            or a cache is continued without `position_ids`.
+            a cache is continued without `position_ids`, or several are to be written or masked.
         """
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past and position_ids is None:
+        several = isinstance(past_key_values, (list, tuple))
+        if several and (use_cache or attention_mask is not None or len(input_ids) % len(past_key_values)):
+            raise ValueError(
+                f"{len(past_key_values)} caches for {len(input_ids)} rows: several caches serve equal groups of rows, "
+                "are only read (use_cache=False) and take no attention_mask."
+            )
+        caches = list(past_key_values) if several else [past_key_values]
+        past = cache_length(caches[0])
+        if any(map(cache_length, caches)) and position_ids is None:
             raise ValueError(
                 "Continuing a cache needs `position_ids`: an image block counts as one position however many tokens "
                 "it has, so they cannot be read off the length of the cache."
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
+            caches = [past_key_values]
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (batch, past + length), got shape {tuple(attention_mask.shape)}.")
         batch, length = input_ids.shape
@@ -666,8 +680,13 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             if not use_cache:
                 # Without a cache to write, keys stay as they lie; with one they are put back in sequence order.
                 key_index, key_valid = index, used & key_valid.gather(1, index)
-        key_valid = torch.cat([valid[:, :past], key_valid], dim=1)
-        allowed = allowed_attention(layout, index, key_index, key_valid, past)
+        allowed = allowed_attention(layout, index, key_index, key_valid)
+        masks = []
+        for cache, own in zip(caches, allowed.chunk(len(caches)), strict=True):
+            seen = own.new_ones(len(own), cache_length(cache)) if several else valid[:, :past]
+            seen = seen[:, None, None].expand(-1, -1, own.shape[2], -1)
+            own = torch.cat([seen, own], dim=-1)
+            masks.append(backend_mask(own, self.config.text_config._attn_implementation, embeds.dtype))
 
         # 3. The layers, then back to sequence order.
         states = self.language_model(
@@ -675,8 +694,8 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             gen,
             position_ids,
             detach_understanding=detach_understanding,
-            attention_mask=backend_mask(allowed, self.config.text_config._attn_implementation, embeds.dtype),
-            past_key_values=past_key_values,
+            caches=caches,
+            masks=masks,
             use_cache=bool(use_cache),
             sequence_order=sequence_order,
         )

@@ -3,11 +3,12 @@
     scan -> image processor (window, square, resize) -> context blocks -> one prefill into a cache
          -> denoise the target block against the cache -> VAE -> back to scanner units on the input's grid
 
-The context is computed once. Guidance needs the same step under reduced contexts (without the text, without the images);
-these branches, and all slices of a batch, run as one batch.
+The context is computed once. Guidance needs the same step under reduced contexts (without the text, without the
+images); these branches, and all slices of a batch, run as one batch.
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from diffusers.utils import BaseOutput
 from transformers import AutoModel, AutoProcessor, DynamicCache, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_synermedgen import SliceInputs, patchify, to_display, unpatchify
+from .image_processing_synermedgen import SliceInputs, load_slice, patchify, to_display, unpatchify
 from .processing_synermedgen import (
     MODALITY_NAMES,
     MODALITY_QUESTION,
@@ -36,11 +37,11 @@ class SynerMedGenPipelineOutput(BaseOutput):
     """
     Args:
         images (`list`): One per input and repetition, in that order: PIL images, float32 arrays or tensors in scanner
-            units on the input's grid; for `output_type="latent"` one `(n, channels, h, w)` tensor.
+            units on the input's grid; for `output_type="latent"` scaled latents `(channels, h, w)`.
         records (`list[dict]`): What each image is: route, unit, window, seed, steps, guidance.
     """
 
-    images: Any
+    images: list
     records: list[dict]
 
 
@@ -50,51 +51,31 @@ class Context:
     A prefilled context for a batch of target blocks.
 
     Args:
-        cache (`DynamicCache` or `None`): Keys and values; `None` for no context at all.
-        valid (`torch.BoolTensor` of shape `(batch, cached)`): Which cached tokens may be seen.
+        cache (`DynamicCache`): Keys and values, `(batch, heads, length, head_dim)` a layer; empty for no context.
+        length (`int`): Cached tokens.
         position (`torch.LongTensor` of shape `(batch,)`): Rotary position of the target block.
     """
 
-    cache: DynamicCache | None
-    valid: torch.BoolTensor
+    cache: DynamicCache
+    length: int
     position: torch.LongTensor
+
+    def map(self, change) -> DynamicCache:
+        """A new cache with `change` applied to every key and value tensor."""
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            cache.update(change(layer.keys), change(layer.values), index)
+        return cache
+
+    def shortened(self, length: int, position: int) -> "Context":
+        """Only the first `length` tokens: what stood in the cache before the rest was prefilled."""
+        cache = self.map(lambda tensor: tensor[:, :, :length])
+        return Context(cache, length, torch.full_like(self.position, position))
 
     def repeat(self, times: int) -> "Context":
         """Every row `times` times in a row."""
-        cache = DynamicCache()
-        for index, layer in enumerate(self.cache.layers if self.cache else []):
-            cache.update(layer.keys.repeat_interleave(times, 0), layer.values.repeat_interleave(times, 0), index)
-        return Context(
-            cache if self.cache else None, self.valid.repeat_interleave(times, 0), self.position.repeat_interleave(times)
-        )
-
-    @staticmethod
-    def join(contexts: list["Context"]) -> "Context":
-        """Stack contexts along the batch; shorter ones are filled up with keys that nobody may see."""
-        if all(context.cache is None for context in contexts):
-            return Context(None, torch.cat([c.valid for c in contexts]), torch.cat([c.position for c in contexts]))
-        length = max(context.valid.shape[1] for context in contexts)
-        valid = torch.cat(
-            [torch.nn.functional.pad(context.valid, (0, length - context.valid.shape[1])) for context in contexts]
-        )
-        template = next(context.cache for context in contexts if context.cache is not None)
-        cache = DynamicCache()
-        for index, layer in enumerate(template.layers):
-
-            def filled(context, name, index=index, layer=layer):
-                rows = context.valid.shape[0]
-                if context.cache is None:
-                    like = getattr(layer, name)
-                    return like.new_zeros(rows, like.shape[1], length, like.shape[3])
-                tensor = getattr(context.cache.layers[index], name)
-                return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
-
-            cache.update(
-                torch.cat([filled(context, "keys") for context in contexts]),
-                torch.cat([filled(context, "values") for context in contexts]),
-                index,
-            )
-        return Context(cache, valid, torch.cat([context.position for context in contexts]))
+        cache = self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+        return Context(cache, self.length, self.position.repeat_interleave(times))
 
 
 def guide_velocity(
@@ -142,6 +123,15 @@ def guide_velocity(
     return rescaled(guided, (-2, -1) if rescale == "global" else -1)
 
 
+def own_window(image) -> tuple[float, float] | None:
+    """The range of an array in scanner units whose modality is not known; `None` for a picture."""
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        return None
+    array, is_picture = load_slice(image)
+    low, high = float(array.min()), float(array.max())
+    return None if is_picture else (low, high if low < high else low + 1)
+
+
 class SynerMedGenPipeline(DiffusionPipeline):
     r"""
     Cross-modality synthesis, and the questions the same weights can answer.
@@ -183,7 +173,9 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 a component given by name (`vae=...`) replaces the stored one.
         """
         components = {
-            name: kwargs.pop(name) for name in ("model", "processor", "vae", "scheduler") if kwargs.get(name) is not None
+            name: kwargs.pop(name)
+            for name in ("model", "processor", "vae", "scheduler")
+            if kwargs.get(name) is not None
         }
         path = pretrained_model_name_or_path
         if "model" not in components:
@@ -198,6 +190,12 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 path, subfolder="scheduler", **kwargs
             )
         components["model"].eval()
+        # A tensor read from a file lies wherever the file put it. On a CPU, kernels round differently at odd addresses, so
+        # that what was saved and loaded would differ in its last bit.
+        for name in ("model", "vae"):
+            for tensor in components[name].parameters():
+                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                    tensor.data = tensor.data.clone()
         return cls(**components)
 
     # 1. Check everything before any computing ------------------------------------------------------------------------
@@ -207,6 +205,8 @@ class SynerMedGenPipeline(DiffusionPipeline):
         target,
         region,
         num_inference_steps,
+        guidance_scale,
+        image_guidance_scale,
         guidance_interval,
         guidance_rescale,
         guidance_rescale_min,
@@ -219,10 +219,14 @@ class SynerMedGenPipeline(DiffusionPipeline):
         regions = sorted({name.split("/")[0] for name in self.model.config.trained_routes})
         if region is not None and regions and region not in regions:
             raise ValueError(f"Unknown region {region!r}. This checkpoint was trained for {', '.join(regions)}.")
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}.")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt!r}.")
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+        for name, count in counts.items():
+            if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+        scales = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+        for name, scale in scales.items():
+            if not isinstance(scale, Real) or not 0 <= scale < float("inf"):
+                raise ValueError(f"{name} must be a number of at least 0 (up to 1 means no guidance), got {scale!r}.")
         low, high = guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -230,7 +234,9 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 "Guidance acts while low < timestep <= high; 1 is pure noise, 0 the finished image."
             )
         if guidance_rescale not in RESCALE_MODES:
-            raise ValueError(f"Unknown guidance_rescale {guidance_rescale!r}. Choose one of {', '.join(RESCALE_MODES)}.")
+            raise ValueError(
+                f"Unknown guidance_rescale {guidance_rescale!r}. Choose one of {', '.join(RESCALE_MODES)}."
+            )
         if not 0 <= guidance_rescale_min <= 1:
             raise ValueError(f"guidance_rescale_min must be within [0, 1], got {guidance_rescale_min}.")
         if timestep_shift is not None and timestep_shift <= 0:
@@ -309,7 +315,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
         input_ids = torch.tensor([sequence.input_ids for sequence in sequences], dtype=torch.long, device=device)
         position = torch.full((len(sequences),), next_position, device=device)
         if input_ids.shape[1] == 0:
-            return Context(None, input_ids.bool(), position)
+            return Context(DynamicCache(), 0, position)
         inputs = {}
         if images:
             inputs["pixel_values"] = torch.cat([patches for patches, _ in images]).to(device)
@@ -325,7 +331,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
             logits_to_keep=1,
             **inputs,
         )
-        return Context(outputs.past_key_values, torch.ones_like(input_ids, dtype=torch.bool), position)
+        return Context(outputs.past_key_values, input_ids.shape[1], position)
 
     def make_contexts(
         self,
@@ -358,11 +364,10 @@ class SynerMedGenPipeline(DiffusionPipeline):
         )
         no_text = no_image = None
         if guidance_scale > 1:
-            # Images never see the text that follows them, so "without text" is the same cache with the text hidden.
-            no_text = Context(full.cache, full.valid.clone(), torch.full_like(full.position, len(blocks)))
-            no_text.valid[:, -text_length:] = False
+            # Images never see the text that follows them, so "without text" is the same cache cut before the text.
+            no_text = full.shortened(full.length - text_length, len(blocks))
             if image_guidance_scale > 1:
-                no_image = self.prefill([build_sequence(config, [text])] * len(cases), text_length)
+                no_image = self.prefill([build_sequence(config, [text])], text_length).repeat(len(cases))
         return full, no_text, no_image
 
     def latent_grid(self, source: SliceInputs) -> tuple[int, int]:
@@ -390,35 +395,33 @@ class SynerMedGenPipeline(DiffusionPipeline):
     # 3. Denoising -----------------------------------------------------------------------------------------------------
 
     def velocity(
-        self, tokens: torch.Tensor, timestep: float, context: Context, grid_hw: tuple[int, int]
-    ) -> torch.Tensor:
+        self, tokens: torch.Tensor, timestep: float, contexts: list[Context], grid_hw: tuple[int, int]
+    ) -> list[torch.Tensor]:
         """
-        One evaluation of the model; the context is left as found.
+        One evaluation of the model under each of several contexts, as one batch; the contexts are left as found.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, tokens, latent_token_dim)`): Noised latents.
             timestep (`float`): In [0, 1].
-            context ([`Context`]): Of the same batch.
+            contexts (`list[Context]`): Each of the same batch: the branches of guidance.
             grid_hw (`tuple[int, int]`): Rows and columns of the tokens.
 
         Returns:
-            `torch.Tensor` of the shape of `tokens`, float32: `noise - data`.
+            `list[torch.Tensor]`, one per context, of the shape of `tokens`, float32: `noise - data`.
         """
-        batch, device = len(tokens), self.model.device
+        rows, device = len(tokens) * len(contexts), self.model.device
         target = build_sequence(self.model.config, [ImageBlock("target", grid_hw)])
-        input_ids = torch.tensor([target.input_ids], device=device).expand(batch, -1)
-        valid = torch.cat([context.valid, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
+        input_ids = torch.tensor([target.input_ids], device=device).expand(rows, -1)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=valid,
-            position_ids=context.position[:, None].expand_as(input_ids),
-            past_key_values=context.cache,
-            latents=tokens.flatten(0, 1).to(self.model.dtype),
-            latent_grid_hw=torch.tensor([grid_hw], device=device).expand(batch, -1),
-            timestep=torch.full((batch,), float(timestep), device=device),
+            position_ids=torch.cat([context.position for context in contexts])[:, None].expand_as(input_ids),
+            past_key_values=[context.cache for context in contexts],
+            latents=tokens.to(self.model.dtype).flatten(0, 1).repeat(len(contexts), 1),
+            latent_grid_hw=torch.tensor([grid_hw], device=device).expand(rows, -1),
+            timestep=torch.full((rows,), float(timestep), device=device),
             use_cache=False,
         )
-        return outputs.velocity.view(tokens.shape).float()
+        return list(outputs.velocity.float().view(len(contexts), *tokens.shape))
 
     def denoise(
         self,
@@ -446,28 +449,23 @@ class SynerMedGenPipeline(DiffusionPipeline):
         Returns:
             `torch.Tensor` of the shape of `tokens`, float32.
         """
-        if timestep_shift is not None:
-            self.scheduler.set_shift(timestep_shift)
+        self.scheduler.set_shift(self.scheduler.config.shift if timestep_shift is None else timestep_shift)
         # n steps are n evaluations at the points of linspace(1, 0, n + 1) but its last; the scheduler shifts them.
-        self.scheduler.set_timesteps(
-            sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=self.model.device
-        )
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=self.model.device)
         branches = [full]
         if guidance_scale > 1:
             branches += [no_text, no_image] if image_guidance_scale > 1 else [no_text]
-        joined = Context.join(branches)
         tokens = tokens.float().to(self.model.device)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 sigma = float(self.scheduler.sigmas[step])
                 if len(branches) > 1 and guidance_interval[0] < sigma <= guidance_interval[1]:
-                    velocities = self.velocity(tokens.repeat(len(branches), 1, 1), sigma, joined, grid_hw)
-                    v, u, w = (*velocities.chunk(len(branches)), None)[:3]
+                    v, u, w = (*self.velocity(tokens, sigma, branches, grid_hw), None)[:3]
                     velocity = guide_velocity(
                         v, u, w, guidance_scale, image_guidance_scale, guidance_rescale, guidance_rescale_min
                     )
                 else:
-                    velocity = self.velocity(tokens, sigma, full, grid_hw)
+                    (velocity,) = self.velocity(tokens, sigma, [full], grid_hw)
                 tokens = self.scheduler.step(velocity, timestep, tokens).prev_sample
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, step, timestep, {"latents": tokens}) or {}
@@ -539,7 +537,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 `(low, high)` of the source in scanner units instead of its own window, e.g. a whole MR volume's.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"` 8-bit pictures over the target's window; `"np"` / `"pt"` float32 in the target's units; both on
-                the grid of the input. `"latent"`: the scaled latents.
+                the grid of the input. `"latent"`: the scaled latents, `(channels, h, w)`.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `f(pipe, step, timestep, {"latents": tokens})`; may return a dict with changed `latents`,
                 `(batch, tokens, latent_token_dim)`.
@@ -564,6 +562,8 @@ class SynerMedGenPipeline(DiffusionPipeline):
             target,
             region,
             num_inference_steps,
+            guidance_scale,
+            image_guidance_scale,
             guidance_interval,
             guidance_rescale,
             guidance_rescale_min,
@@ -572,31 +572,32 @@ class SynerMedGenPipeline(DiffusionPipeline):
             output_type,
         )
         cases = self.read_cases(image, source)
-        if source is not None or isinstance(cases[0], dict) and None not in cases[0]:
-            self.check_route(list(cases[0]), target, region)
-        elif "MI" not in self.model.config.trained_tasks:
-            raise ValueError(
-                "Say which modality the image is, e.g. source='MRI': these weights have not learned to identify it."
-            )
         generators = self.make_generators(seed, generator, len(cases), num_images_per_prompt)
+        if None in cases[0]:
+            if "MI" not in self.model.config.trained_tasks:
+                raise ValueError(
+                    "Say which modality the image is, e.g. source='MRI': these weights have not learned to identify it."
+                )
+            for case in cases:
+                load_slice(case[None])
+            cases = [{self.identify(case[None])["modality"]: case[None]} for case in cases]
+        for case in cases:
+            self.check_route(list(case), target, region)
         inputs = [
             [self.processor.image_processor.preprocess_slice(item, name, window) for name, item in case.items()]
             for case in cases
         ]
         self.check_grids(cases, inputs)
-        if None in cases[0]:
-            cases = [{self.identify(case[None])["modality"]: case[None]} for case in cases]
-            for case in cases:
-                self.check_route(list(case), target, region)
 
         # 2. Synthesise, one batch per grid and instruction (slices of one study share both).
         groups: dict[tuple, list[int]] = {}
         for number, (case, sources) in enumerate(zip(cases, inputs, strict=True)):
             key = (tuple(case), tuple((source.vae_pixels.shape, source.vit_grid) for source in sources))
             groups.setdefault(key, []).append(number)
-        latents: list[torch.Tensor | None] = [None] * len(cases)
+        finished: list[list] = [[] for _ in cases]
+        record = self.processor.image_processor.target_record(target)
         for (names, _), members in groups.items():
-            made = self.synthesise_batch(
+            latents = self.synthesise_batch(
                 [inputs[number] for number in members],
                 prompt or make_instruction(list(names), target, region),
                 [generators[number] for number in members],
@@ -609,29 +610,30 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 timestep_shift=timestep_shift,
                 callback_on_step_end=callback_on_step_end,
             )
-            for number, latent in zip(members, made, strict=True):
-                latents[number] = latent
-
-        # 3. Back to scanner units on the input's grid.
-        record = self.processor.image_processor.target_record(target)
-        images, records = [], []
-        for number, sources in enumerate(inputs):
-            for repetition, latent in enumerate(latents[number]):
-                images.append(self.to_output(latent, record, sources[0].geometry, output_type))
-                records.append(
-                    {
-                        "route": f"{'+'.join(cases[number])}-{target}",
-                        "region": region,
-                        "unit": record["unit"],
-                        "window": [record["low"], record["high"]],
-                        "seed": generators[number][repetition].initial_seed(),
-                        "num_inference_steps": num_inference_steps,
-                        "guidance_scale": guidance_scale,
-                        "image_guidance_scale": image_guidance_scale,
-                    }
+            # 3. Back to scanner units on the input's grid.
+            pixels = latents if output_type == "latent" else self.decode_latents(latents).cpu()
+            for row, made in enumerate(pixels):
+                number = members[row // num_images_per_prompt]
+                geometry = inputs[number][0].geometry
+                finished[number].append(
+                    made if output_type == "latent" else self.to_output(made, record, geometry, output_type)
                 )
-        if output_type == "latent":
-            images = torch.stack(images)
+
+        images = [image for own in finished for image in own]
+        records = [
+            {
+                "route": f"{'+'.join(case)}-{target}",
+                "region": region,
+                "unit": record["unit"],
+                "window": [record["low"], record["high"]],
+                "seed": one.initial_seed(),
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "image_guidance_scale": image_guidance_scale,
+            }
+            for case, own in zip(cases, generators, strict=True)
+            for one in own
+        ]
         self.maybe_free_model_hooks()
         return SynerMedGenPipelineOutput(images, records) if return_dict else (images, records)
 
@@ -670,8 +672,8 @@ class SynerMedGenPipeline(DiffusionPipeline):
 
     def synthesise_batch(
         self, cases: list[list[SliceInputs]], instruction: str, generators: list[list[torch.Generator]], **sampling
-    ) -> list[list[torch.Tensor]]:
-        """Cases on one grid with one instruction, as one batch. Returns latents `(channels, h, w)` per case, repetition."""
+    ) -> torch.Tensor:
+        """Cases on one grid with one instruction as one batch: latents `(cases * repetitions, channels, h, w)`."""
         config = self.model.config
         rows, columns = grid = self.latent_grid(cases[0][0])
         patch = config.latent_patch_size
@@ -701,15 +703,11 @@ class SynerMedGenPipeline(DiffusionPipeline):
         if repetitions > 1:
             contexts = [None if context is None else context.repeat(repetitions) for context in contexts]
         made = self.denoise(torch.stack(noise), grid, *contexts, **sampling)
-        made = [unpatchify(one, grid, patch) for one in made]
-        return [made[start : start + repetitions] for start in range(0, len(made), repetitions)]
+        return torch.stack([unpatchify(one, grid, patch) for one in made])
 
-    def to_output(self, latent: torch.Tensor, record: dict, geometry: dict, output_type: str):
-        """One latent as the caller wants it."""
-        if output_type == "latent":
-            return latent
-        pixels = self.decode_latents(latent[None])[0]
-        array = self.processor.image_processor.postprocess_slice(pixels.cpu(), record, geometry)
+    def to_output(self, pixels: torch.Tensor, record: dict, geometry: dict, output_type: str):
+        """One decoded image `(3, height, width)` as the caller wants it."""
+        array = self.processor.image_processor.postprocess_slice(pixels, record, geometry)
         if output_type == "np":
             return array
         return torch.from_numpy(array) if output_type == "pt" else to_display(array, record)
@@ -772,10 +770,12 @@ class SynerMedGenPipeline(DiffusionPipeline):
 
     def question_inputs(self, images: list, question: str) -> dict[str, torch.Tensor]:
         """Images, then the question, then the start of the answer."""
-        messages = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]}]
+        messages = [
+            {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]}
+        ]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        windowed = [self.processor.image_processor.fetch_images(image) for image in images]
-        return self.processor(text=text, images=windowed, return_tensors="pt").to(self.model.device)
+        windows = [own_window(image) for image in images]
+        return self.processor(text=text, images=list(images), window=windows, return_tensors="pt").to(self.model.device)
 
     def score_answers(self, images: list, question: str, answers: list[str]) -> torch.Tensor:
         """Log-likelihood of each answer, `(answers,)`."""

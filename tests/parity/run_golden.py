@@ -2,8 +2,9 @@
 
     python tests/parity/run_golden.py tests/parity/golden_a
 
-DIR holds a fixture in the golden format: `config.json` (plain numbers), `model.safetensors` and `ae.safetensors` (native
-names), `cases.safetensors` / `cases.json` (inputs and outputs), `train_grads.json`, `layouts.json`, `transforms.json`.
+DIR holds a fixture in the golden format: `config.json` (plain numbers), `model.safetensors` and `ae.safetensors`
+(native names), `cases.safetensors` / `cases.json` (inputs and outputs), `train_grads.json`, `layouts.json`,
+`transforms.json`.
 One line is printed per case with its largest error. The exit code is 1 if any case is outside atol = rtol = 1e-4
 (gradient norms: rtol 1e-3, atol 1e-5; 8-bit images: one level; token ids, layouts and sizes: exactly).
 """
@@ -181,7 +182,7 @@ class Golden:
             )
             cache, start = outputs.past_key_values, start + length
             hidden.append(outputs.last_hidden_state[0])
-        context = Context(cache, torch.ones(1, start, dtype=torch.bool), torch.tensor([next_position]))
+        context = Context(cache, start, torch.tensor([next_position]))
         return context, torch.cat(hidden), sequence
 
 
@@ -232,7 +233,11 @@ def understanding(golden: Golden) -> Iterator[Result]:
     yield same("und.token_ids", ids.masked_fill(is_image, -1), golden["und.token_ids"])
     yield same("und.position_ids", positions, golden["und.position_ids"])
     yield same("und.read_layout", read_layout(golden.config, ids[None]).positions[0], golden["und.position_ids"])
-    yield same("und.state", [context.valid.shape[1], int(context.position)], [golden.cases["und"][key] for key in ("kv_len", "next_rope")])
+    yield same(
+        "und.state",
+        [context.length, int(context.position)],
+        [golden.cases["und"][key] for key in ("kv_len", "next_rope")],
+    )
     yield close("und.cached.final_hidden", hidden, golden["und.cached.final_hidden"])
     yield close("und.cached.logits", golden.model.lm_head(hidden[text]), golden["und.cached.logits"])
     yield from cache_results("und.cache", golden, context)
@@ -319,13 +324,19 @@ def velocities(golden: Golden) -> Iterator[Result]:
         yield same(f"gen.vae_position_ids.{index}", ids, golden[f"gen.vae_position_ids.{index}"])
     yield from cache_results("gen.cache", golden, contexts["ctx"])
     for name, key in (("ctx", "gen"), ("cfg_text", "cfg_text"), ("cfg_img", "cfg_img")):
-        state = [contexts[name].valid.shape[1], int(contexts[name].position)]
+        state = [contexts[name].length, int(contexts[name].position)]
         yield same(f"gen.state.{name}", state, [case[key]["kv_len"], case[key]["rope"]])
     block_by_block = golden.prefill(case["plan"], block_by_block=True)[0]
-    yield from ((f"{name} (block by block)", *rest) for name, *rest in cache_results("gen.cache", golden, block_by_block))
+    yield from (
+        (f"{name} (block by block)", *rest) for name, *rest in cache_results("gen.cache", golden, block_by_block)
+    )
 
     grid, x_t, t_values = target_grid(golden), golden["gen.x_t"], case["t_values"]
-    yield same("gen.latent_position_ids", grid_ids(torch.tensor([grid]), golden.config.max_latent_size, "latent"), golden["gen.latent_position_ids"])
+    yield same(
+        "gen.latent_position_ids",
+        grid_ids(torch.tensor([grid]), golden.config.max_latent_size, "latent"),
+        golden["gen.latent_position_ids"],
+    )
     context = contexts["ctx"]
     target = build_sequence(golden.config, [ImageBlock("target", grid)])
     positions = context.position[:, None].expand(-1, len(target.input_ids))
@@ -343,7 +354,7 @@ def velocities(golden: Golden) -> Iterator[Result]:
     yield close("gen.query_hidden", outputs.last_hidden_state[0], golden["gen.query_hidden"])
     for name, context in contexts.items():
         for index, t in enumerate(t_values):
-            velocity = golden.pipe.velocity(x_t[None], t, context, grid)[0]
+            velocity = golden.pipe.velocity(x_t[None], t, [context], grid)[0][0]
             yield close(f"gen.v_t.{name}.{index}", velocity, golden[f"gen.v_t.{name}.{index}"])
 
 
@@ -375,9 +386,7 @@ def sampling(golden: Golden) -> Iterator[Result]:
     noise = golden["sample.init_noise"]
     finals = {}
     for name, options in case["runs"].items():
-        t, v, final = sample(
-            golden, options, contexts["ctx"], contexts["cfg_text"], contexts["cfg_img"], noise, grid
-        )
+        t, v, final = sample(golden, options, contexts["ctx"], contexts["cfg_text"], contexts["cfg_img"], noise, grid)
         finals[name] = final
         yield close(f"sample.{name}.t", t, golden[f"sample.{name}.t"])
         yield close(f"sample.{name}.v", v, golden[f"sample.{name}.v"])
@@ -390,7 +399,9 @@ def sampling(golden: Golden) -> Iterator[Result]:
     decoded = golden.pipe.decode_latents(latent[None])[0]
     yield close("sample.text_channel.latent_chw", latent, golden["sample.text_channel.latent_chw"])
     yield close("sample.text_channel.decoded_float", decoded, golden["sample.text_channel.decoded_float"])
-    yield close("sample.text_channel.decoded_uint8", to_uint8(decoded), golden["sample.text_channel.decoded_uint8"], 1, 0)
+    yield close(
+        "sample.text_channel.decoded_uint8", to_uint8(decoded), golden["sample.text_channel.decoded_uint8"], 1, 0
+    )
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
@@ -502,7 +513,7 @@ def training(golden: Golden) -> Iterator[Result]:
     layout = read_layout(config, batch["input_ids"], real)
     yield same("train.read_layout", layout.positions[real], golden["train.packed_position_ids"])
     index = torch.arange(real.shape[1]).expand(len(rows), -1)
-    allowed = allowed_attention(layout, index, index, real, past=0)
+    allowed = allowed_attention(layout, index, index, real)
     for number, row in enumerate(rows):
         length = len(row.input_ids)
         yield same(f"train.allowed.{number}", allowed[number, 0, :length, :length], golden[f"train.allowed.{number}"])
@@ -627,7 +638,19 @@ def resize_table(golden: Golden) -> Iterator[Result]:
         yield same(f"transforms.{setting['name']}.n{setting['img_num']}", ours, setting["rows_in_w_in_h_out_w_out_h"])
 
 
-CASES = (blocks, vae, understanding, text, velocities, sampling, end_to_end, training, gradients, layouts, resize_table)
+CASES = (
+    blocks,
+    vae,
+    understanding,
+    text,
+    velocities,
+    sampling,
+    end_to_end,
+    training,
+    gradients,
+    layouts,
+    resize_table,
+)
 
 
 @torch.no_grad()
