@@ -10,7 +10,7 @@
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-EXTRAS := test,quality,phantom,metrics
+EXTRAS := test,quality,phantom
 HAS_TORCH := -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
 comma := ,
 

@@ -129,6 +129,8 @@ def main(args):
         latent_channels=vae.config.latent_channels,
         latent_patch_size=latent_patch,
         max_latent_size=32,
+        # The source already tells where everything is: what is left to learn lies at high noise.
+        timestep_shift=3.0,
         pad_token_id=processor.tokenizer.pad_token_id,
         **{
             name: getattr(processor, name)
@@ -144,7 +146,7 @@ def main(args):
         },
     )
     model = SynerMedGenForConditionalGeneration(config)
-    pipe = SynerMedGenPipeline(model, processor, vae, FlowMatchEulerDiscreteScheduler(shift=1.0))
+    pipe = SynerMedGenPipeline(model, processor, vae, FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.save_pretrained(args.output_dir)
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.2f} M parameters, {torch.finfo(torch.bfloat16).bits // 8 * count / 1e6:.1f} MB in bfloat16")

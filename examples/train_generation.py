@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 
 from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import load_phantom
-from synermedgen_hf.data.routes import ROUTES
+from synermedgen_hf.data.routes import ROUTES, Route
 from synermedgen_hf.image_processing_synermedgen import patchify
 from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, make_instruction
 
@@ -66,17 +67,27 @@ def parse_args(argv=None):
     parser.add_argument("--drop_vit", type=float, default=0.3, help="... a source's ViT patches")
     parser.add_argument("--drop_region", type=float, default=0.3, help="... the region's name in the instruction")
     parser.add_argument(
-        "--multi_source", type=float, default=0.1, help="probability of several sources where there are"
+        "--multi_source", type=float, default=0.1, help="probability of a batch with several sources a row"
     )
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help='"latest" or a folder')
-    parser.add_argument("--save_dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument(
+        "--save_dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the saved model and autoencoder"
+    )
+    parser.add_argument("--sampling_steps", type=int, default=None, help="saved as the pipeline's num_inference_steps")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="saved as the pipeline's default")
+    parser.add_argument("--image_guidance_scale", type=float, default=None, help="saved as the pipeline's default")
     parser.add_argument("--num_proc", type=int, default=2, help="processes that simulate cases")
     parser.add_argument("--logging_steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
+
+
+def is_route(route: Route, source: str) -> bool:
+    """Whether the route's target is made from this source too."""
+    return route._replace(source=source) in ROUTES
 
 
 class LatentPairs:
@@ -110,15 +121,14 @@ class LatentPairs:
         self.slices = {
             route: [
                 (
-                    [source, *(m for m in case.images if m not in (source, route.target))],
+                    [route.source, *(m for m in case.images if m != route.source and is_route(route, m))],
                     {m: rows[number, m, index] for m in case.images},
                 )
                 for number, case in enumerate(cases)
-                if case.region == route.region and {source, route.target} <= case.images.keys()
+                if case.region == route.region and {route.source, route.target} <= case.images.keys()
                 for index in range(len(case.mask))
             ]
             for route in ROUTES
-            for source in [route.source]
         }
 
     def latents(self, row: int, patch: int, generator: torch.Generator) -> torch.Tensor:
@@ -135,13 +145,15 @@ def make_batch(pairs: LatentPairs, pipe: SynerMedGenPipeline, args, step: int, p
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     patch = config.latent_patch_size
     rows, pixel_values, latents, timesteps, wanted = [], [], [], [], []
+    # One number of sources for the whole batch: rows are padded to the longest, and a scan is 100 tokens long.
+    count, routes = 1, ROUTES
+    if rng.random() < args.multi_source:
+        count = int(rng.integers(2, 4))
+        routes = [route for route in ROUTES if len(pairs.slices[route][0][0]) >= count]
     for _ in range(args.train_batch_size):
-        route = ROUTES[rng.integers(len(ROUTES))]
+        route = routes[rng.integers(len(routes))]
         modalities, row_of = pairs.slices[route][rng.integers(len(pairs.slices[route]))]
-        count = 1
-        if len(modalities) > 2 and rng.random() < args.multi_source and modalities[0] in ("T1", "T1CE", "T2", "FLAIR"):
-            count = int(rng.integers(2, len(modalities) + 1))
-        sources = modalities[:count]
+        sources = modalities[:1] + list(rng.permutation(modalities[1:])[: count - 1])
         blocks = []
         for source in sources:
             dropped = rng.random() < args.drop_vae
@@ -194,7 +206,8 @@ def main(args):
     pipe = SynerMedGenPipeline.from_pretrained(args.pretrained_model_name_or_path)
     with accelerator.main_process_first():
         cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
-    pairs = LatentPairs(cases, pipe)
+    with accelerator.autocast():
+        pairs = LatentPairs(cases, pipe)
     logger.info("%d slices of %d simulated subjects, %d routes", len(pairs.means), len(cases), len(pairs.slices))
     del cases
 
@@ -277,7 +290,14 @@ def main(args):
         ema.copy_to(trained)
         config = pipe.model.config
         config.trained_routes = [route.name for route in ROUTES]
+        sampling = {
+            "num_inference_steps": args.sampling_steps,
+            "guidance_scale": args.guidance_scale,
+            "image_guidance_scale": args.image_guidance_scale,
+        }
+        config.sampling |= {name: value for name, value in sampling.items() if value is not None}
         pipe.model.requires_grad_(True).eval().to(getattr(torch, args.save_dtype))
+        pipe.vae.to(getattr(torch, args.save_dtype))
         pipe.save_pretrained(args.output_dir / "pipeline")
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -287,8 +307,6 @@ def main(args):
 
 def prune_checkpoints(folder: Path, keep: int):
     """Keep the newest `keep` checkpoints."""
-    import shutil
-
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for old in checkpoints[:-keep]:
         shutil.rmtree(old)

@@ -115,6 +115,7 @@ def main(args):
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     step = 0
+    # The order of slices starts anew after a resumption; everything else continues.
     folders = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     if args.resume_from_checkpoint and (folders or args.resume_from_checkpoint != "latest"):
         folder = folders[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)

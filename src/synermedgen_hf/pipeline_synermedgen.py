@@ -190,8 +190,8 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 path, subfolder="scheduler", **kwargs
             )
         components["model"].eval()
-        # A tensor read from a file lies wherever the file put it. On a CPU, kernels round differently at odd addresses, so
-        # that what was saved and loaded would differ in its last bit.
+        # A tensor read from a file lies wherever the file put it. On a CPU, kernels round differently at odd addresses,
+        # so that what was saved and loaded again would differ in its last bit.
         for name in ("model", "vae"):
             for tensor in components[name].parameters():
                 if tensor.device.type == "cpu" and tensor.data_ptr() % 64:

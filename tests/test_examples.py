@@ -1,0 +1,144 @@
+"""The example scripts, run for real at tiny size: train, resume, evaluate, demonstrate, measure."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from synermedgen_hf import ROUTES, SynerMedGenPipeline
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script: str, *arguments):
+    """`python examples/SCRIPT.py ARGUMENTS`, in this process."""
+    spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")
+    module = sys.modules[script] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(module.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def data(work):
+    return ["--cache_dir", work / "phantom", "--train_cases", 1, "--slices_per_case", 1, "--num_proc", 1]
+
+
+def train_vae(folder, data, steps, *more):
+    sizes = ["--block_out_channels", 8, 8, 8, "--train_batch_size", 2, "--checkpointing_steps", 2]
+    run("train_vae", "--output_dir", folder, "--resolution", 64, *sizes, "--max_train_steps", steps, *data, *more)
+
+
+@pytest.fixture(scope="module")
+def vae(work, data):
+    train_vae(work / "vae", data, 4)
+    return work / "vae"
+
+
+@pytest.fixture(scope="module")
+def start(work, vae):
+    """An untrained pipeline around that autoencoder."""
+    sizes = ["--resolution", 64, "--hidden_size", 64, "--intermediate_size", 64, "--num_hidden_layers", 1]
+    sizes += ["--vit_hidden_size", 32, "--vit_layers", 1]
+    run("init_tiny", "--vae", vae / "vae", "--output_dir", work / "start", *sizes)
+    return work / "start"
+
+
+def train_generation(folder, start, data, steps, *more):
+    options = ["--train_batch_size", 4, "--checkpointing_steps", 2, "--logging_steps", 1, "--freeze", "none"]
+    options += ["--max_train_steps", steps, "--lr_scheduler", "constant", "--save_dtype", "float32"]
+    run("train_generation", "--pretrained_model_name_or_path", start, "--output_dir", folder, *options, *data, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(work, start, data):
+    train_generation(work / "trained", start, data, 4, "--sampling_steps", 2, "--guidance_scale", 1.0)
+    return work / "trained"
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_autoencoder_is_saved_with_the_scale_of_its_latents(vae):
+    config = json.loads((vae / "vae" / "config.json").read_text())
+    assert config["scaling_factor"] not in (1.0, 0.18215) and config["shift_factor"] != 0
+    assert json.loads((vae / "training_args.json").read_text())["max_train_steps"] == 4
+
+
+def test_training_the_autoencoder_resumes_from_the_newest_checkpoint(vae, work, data):
+    train_vae(work / "vae_resumed", data, 2)
+    train_vae(work / "vae_resumed", data, 4, "--resume_from_checkpoint", "latest")
+    folders = {path.name for path in (work / "vae_resumed").glob("checkpoint-*")}
+    assert folders == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_resumed_training_is_identical_to_an_uninterrupted_one(trained, work, start, data):
+    train_generation(work / "resumed", start, data, 2)
+    train_generation(work / "resumed", start, data, 4, "--resume_from_checkpoint", "latest")
+    whole = load_file(trained / "pipeline" / "model" / "model.safetensors")
+    resumed = load_file(work / "resumed" / "pipeline" / "model" / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not whole[name].equal(resumed[name])] == []
+    assert [row["loss_mse"] for row in log(trained)] == [row["loss_mse"] for row in log(work / "resumed")]
+
+
+def test_training_moves_the_generation_expert(trained, start):
+    before = load_file(start / "model" / "model.safetensors")
+    after = load_file(trained / "pipeline" / "model" / "model.safetensors")
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert {"llm2vae.weight", "model.language_model.layers.0.mlp_moe_gen.up_proj.weight"} <= moved
+
+
+def test_detached_training_leaves_the_understanding_branch_alone(work, start, data):
+    train_generation(work / "detached", start, data, 2, "--freeze", "detach")
+    before = load_file(start / "model" / "model.safetensors")
+    after = load_file(work / "detached" / "pipeline" / "model" / "model.safetensors")
+    moved = [name for name in before if not before[name].equal(after[name])]
+    assert moved and all(
+        any(part in name for part in ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")) for name in moved
+    )
+
+
+def test_the_saved_pipeline_knows_its_routes_and_its_sampling(trained):
+    config = SynerMedGenPipeline.from_pretrained(trained / "pipeline").model.config
+    assert config.trained_routes == [route.name for route in ROUTES] and len(ROUTES) == 22
+    assert config.trained_tasks == []
+    assert config.sampling == {"num_inference_steps": 2, "guidance_scale": 1.0, "image_guidance_scale": 1.5}
+
+
+def test_every_route_is_evaluated_beside_copying_and_the_ceiling(trained, work):
+    output = work / "evaluation.json"
+    options = ["--cases", 1, "--slices_per_case", 1, "--cache_dir", work / "phantom"]
+    run("evaluate_routes", "--model", trained / "pipeline", "--output", output, *options)
+    result = json.loads(output.read_text())
+    assert [row["route"] for row in result["routes"]] == [route.name for route in ROUTES]
+    assert all(-100 <= row[key] <= 100 for row in result["routes"] for key in ("ssim", "copy", "ceiling"))
+    by_route = {row["route"]: row for row in result["routes"]}
+    # Copying is as good one way as the other.
+    assert by_route["brain/T1-T2"]["copy"] == pytest.approx(by_route["brain/T2-T1"]["copy"])
+
+
+def test_the_demo_writes_a_contact_sheet_and_a_report(trained, work):
+    run("demo", "--model", trained / "pipeline", "--output_dir", work / "demo")
+    report = json.loads((work / "demo" / "report.json").read_text())
+    assert report["cases"][0]["title"].startswith("Real MR template") and report["cases"][0]["metrics"] is None
+    assert {case["route"].split("/")[0] for case in report["cases"]} == {"brain", "pelvis", "whole-body"}
+    assert all(case["metrics"] for case in report["cases"][1:])
+    assert "Not for clinical use" in report["notice"]
+    sheet = Image.open(work / "demo" / "contact_sheet.png")
+    assert min(sheet.size) > 800 and len(sheet.convert("L").getcolors()) > 100
+
+
+def test_the_benchmark_states_ratios(trained, work):
+    run("benchmark", "--model", trained / "pipeline", "--only", "tiny", "--repeats", 1, "--output", work / "speed.json")
+    figures = json.loads((work / "speed.json").read_text())["tiny"]
+    assert figures["seconds_one_synthesis"] > 0 and 0 < figures["batch_of_8_to_8_singles"] < 3
