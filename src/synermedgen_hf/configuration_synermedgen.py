@@ -41,6 +41,11 @@ class SynerMedGenTextConfig(Qwen2Config):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be divisible by 4 for the 2-D position tables.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
 
 
 @strict

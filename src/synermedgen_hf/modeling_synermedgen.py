@@ -38,8 +38,11 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
+from transformers.utils import logging
 
 from .configuration_synermedgen import SynerMedGenConfig, SynerMedGenTextConfig
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -223,6 +226,12 @@ def grid_ids(grid_hw: torch.LongTensor, side: int, what: str) -> torch.LongTenso
         column = torch.arange(columns, device=grid_hw.device)
         ids.append((row[:, None] * side + column).flatten())
     return torch.cat(ids)
+
+
+def check_count(name: str, given: torch.Tensor, wanted: int, what: str):
+    """A row too few would be broadcast to all without a word."""
+    if len(given) != wanted:
+        raise ValueError(f"`{name}` has {len(given)} rows for {wanted} {what}.")
 
 
 class SinCosPositionTable(nn.Module):
@@ -458,6 +467,10 @@ class SynerMedGenTextModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class VelocityHead(nn.Linear):
+    """Latent tokens to velocities. A fresh one predicts zero, so training starts from a calm place."""
+
+
 class SynerMedGenPreTrainedModel(PreTrainedModel):
     config: SynerMedGenConfig
     base_model_prefix = "model"
@@ -476,10 +489,9 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SinCosPositionTable):
             init.copy_(module.table, module.compute())
-        elif isinstance(module, SynerMedGenForConditionalGeneration):
-            # A fresh generation head predicts zero velocity, so training starts from a calm place.
-            init.zeros_(module.llm2vae.weight)
-            init.zeros_(module.llm2vae.bias)
+        elif isinstance(module, VelocityHead):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
 
 class SynerMedGenModel(SynerMedGenPreTrainedModel):
@@ -519,6 +531,7 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             `BaseModelOutputWithPooling`: `last_hidden_state` are the ViT features of all patches, `pooler_output` a
             list with one `(patches, hidden)` tensor per image.
         """
+        check_count("pixel_values", pixel_values, int(image_grid_hw.prod(1).sum()), "patches in `image_grid_hw`")
         features = self.vision_model(pixel_values, image_grid_hw)
         embeds = self.connector(features)
         embeds = embeds + self.vit_pos_embed(grid_ids(image_grid_hw, self.vit_pos_embed.side, "ViT"))
@@ -539,6 +552,8 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(tokens, hidden)`
         """
+        check_count("latents", latents, int(latent_grid_hw.prod(1).sum()), "tokens in `latent_grid_hw`")
+        check_count("timestep", timestep, len(latent_grid_hw), "blocks in `latent_grid_hw`")
         ids = grid_ids(latent_grid_hw, self.latent_pos_embed.side, "latent")
         time = self.time_embedder(timestep).repeat_interleave(latent_grid_hw.prod(1), dim=0)
         return self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + time + self.latent_pos_embed(ids)
@@ -622,6 +637,9 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             `ValueError`: Features and their places do not match in number, an image does not fit a position table,
             a cache is continued without `position_ids`, or several are to be written or masked.
         """
+        if use_cache and self.training and self.is_activation_checkpointing:
+            logger.warning_once("Gradient checkpointing runs layers twice, so no cache is written (use_cache=False).")
+            use_cache = False
         several = isinstance(past_key_values, (list, tuple))
         if several and (use_cache or attention_mask is not None or len(input_ids) % len(past_key_values)):
             raise ValueError(
@@ -748,8 +766,14 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
         super().__init__(config)
         self.model = SynerMedGenModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.llm2vae = nn.Linear(config.text_config.hidden_size, config.latent_token_dim)
+        self.llm2vae = VelocityHead(config.text_config.hidden_size, config.latent_token_dim)
         self.post_init()
+        # Stand-ins mark places and are no words.
+        self.generation_config.suppress_tokens = [
+            config.image_token_id,
+            config.latent_token_id,
+            config.target_token_id,
+        ]
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -822,6 +846,7 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
         if is_target.any():
             velocity = self.llm2vae(hidden_states[is_target])
             if velocity_labels is not None:
+                check_count("velocity_labels", velocity_labels, len(velocity), "target tokens in `input_ids`")
                 loss_mse = nn.functional.mse_loss(velocity.float(), velocity_labels.float())
 
         logits, loss_ce = None, None
