@@ -99,7 +99,7 @@ class LatentPairs:
     """
 
     @torch.no_grad()
-    def __init__(self, cases, pipe: SynerMedGenPipeline, batch_size: int = 32):
+    def __init__(self, cases, pipe: SynerMedGenPipeline, autocast, batch_size: int = 32):
         means, stds, pixels, rows = [], [], [], {}
         processor = pipe.processor.image_processor
         for number, case in enumerate(tqdm(cases, desc="encode")):
@@ -111,7 +111,8 @@ class LatentPairs:
                     inputs.append(processor.preprocess_slice(image, modality, window))
             for start in range(0, len(inputs), batch_size):
                 batch = torch.stack([one.vae_pixels for one in inputs[start : start + batch_size]])
-                posterior = pipe.vae.encode(batch.to(pipe.vae.device)).latent_dist
+                with autocast():
+                    posterior = pipe.vae.encode(batch.to(pipe.vae.device)).latent_dist
                 means.append(posterior.mean.half().cpu())
                 stds.append(posterior.std.half().cpu())
             pixels += [one.vit_patches.view(*one.vit_patches.shape[:1], -1, 3)[..., 0].half() for one in inputs]
@@ -206,8 +207,7 @@ def main(args):
     pipe = SynerMedGenPipeline.from_pretrained(args.pretrained_model_name_or_path)
     with accelerator.main_process_first():
         cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
-    with accelerator.autocast():
-        pairs = LatentPairs(cases, pipe)
+    pairs = LatentPairs(cases, pipe, accelerator.autocast)
     logger.info("%d slices of %d simulated subjects, %d routes", len(pairs.means), len(cases), len(pairs.slices))
     del cases
 
