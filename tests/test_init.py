@@ -53,29 +53,31 @@ def test_checkpoint_path_of_an_unknown_name():
         "import synermedgen_hf; import transformers",
         "import transformers; import synermedgen_hf",
         "from transformers import AutoModel, AutoProcessor, pipeline; import synermedgen_hf",
-        "import synermedgen_hf; import transformers.models.auto.modeling_auto",
         "import synermedgen_hf; from transformers import AutoModel",
-        "import synermedgen_hf; from transformers import AutoProcessor",
-        "from synermedgen_hf import SynerMedGenConfig; from transformers import AutoModel",
-        "from synermedgen_hf import SynerMedGenProcessor; from transformers import AutoModel",
+        "from diffusers import AutoencoderKL; import synermedgen_hf",
+        "from transformers import Qwen2Config; import synermedgen_hf",
+        "from synermedgen_hf import SynerMedGenConfig",
+        "from synermedgen_hf import SynerMedGenProcessor",
         "from synermedgen_hf import SynerMedGenImageProcessor",
         "from synermedgen_hf import SynerMedGenForConditionalGeneration",
+        "from synermedgen_hf import SynerMedGenPipeline",
     ],
 )
 def test_auto_classes_load_a_checkpoint(saved, first):
     names = run(
         f"""{first}
 import json, sys
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-classes = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+classes = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoImageProcessor)
 print(json.dumps([type(auto.from_pretrained(sys.argv[1])).__name__ for auto in classes]))""",
         saved,
     )
     model = "SynerMedGenForConditionalGeneration"
-    assert json.loads(names) == ["SynerMedGenConfig", model, model, "SynerMedGenProcessor"]
+    expected = ["SynerMedGenConfig", model, model, "SynerMedGenProcessor", "SynerMedGenImageProcessor"]
+    assert json.loads(names) == expected
 
 
-@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForImageTextToText", "AutoProcessor"])
+@pytest.mark.parametrize("auto", ["AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor"])
 def test_each_auto_class_works_as_the_first_call(saved, auto):
     run(f"import sys, synermedgen_hf; from transformers import {auto}; {auto}.from_pretrained(sys.argv[1])", saved)
 
@@ -84,9 +86,7 @@ def test_each_auto_class_works_as_the_first_call(saved, auto):
     "made_by",
     [
         "from synermedgen_hf import SynerMedGenConfig as Config",
-        "from synermedgen_hf.configuration_synermedgen import SynerMedGenConfig as Config",
         "from synermedgen_hf.modeling_synermedgen import SynerMedGenConfig as Config",
-        "from synermedgen_hf.processing_synermedgen import SynerMedGenConfig as Config",
         "import functools, synermedgen_hf; from transformers import AutoConfig\n"
         "Config = functools.partial(AutoConfig.for_model, 'synermedgen')",
         "import synermedgen_hf; from transformers import CONFIG_MAPPING; Config = CONFIG_MAPPING['synermedgen']",

@@ -1,73 +1,48 @@
 """Make transformers' Auto classes know SynerMedGen without importing torch.
 
-`AutoModel.register` wants classes, and our classes want torch, which takes seconds to import. So the registration waits
-until the module that holds an Auto class is loaded, which is the moment somebody asks for one.
+`AutoModel.register` wants classes, and our classes want torch, which takes seconds to import. Transformers itself looks
+its models up by name and imports them on use, so we do the same: our names go into its tables as soon as each table is
+loaded, and this package, whose names resolve on use, answers where it looks for the module.
 """
 
 import importlib.abc
 import importlib.util
 import sys
 
-_AUTO = "transformers.models.auto."
-_CONFIGS = _AUTO + "configuration_auto"
-_CLASSES = tuple(_AUTO + name for name in ("modeling_auto", "processing_auto", "image_processing_auto"))
-_OURS = tuple(
-    f"{__package__}.{name}_synermedgen" for name in ("configuration", "modeling", "image_processing", "processing")
-)
-_WATCHED = (_CONFIGS, *_CLASSES, *_OURS)
+_MODEL = "SynerMedGenForConditionalGeneration"
+
+# Module of transformers -> its tables -> model type -> class name.
+TABLES = {
+    "transformers.models.auto.configuration_auto": {
+        "CONFIG_MAPPING_NAMES": {"synermedgen": "SynerMedGenConfig", "synermedgen_text": "SynerMedGenTextConfig"},
+    },
+    "transformers.models.auto.modeling_auto": {
+        "MODEL_MAPPING_NAMES": {"synermedgen": _MODEL},
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": {"synermedgen": _MODEL},
+    },
+    "transformers.models.auto.processing_auto": {
+        "PROCESSOR_MAPPING_NAMES": {"synermedgen": "SynerMedGenProcessor"},
+    },
+    "transformers.models.auto.image_processing_auto": {
+        "IMAGE_PROCESSOR_MAPPING_NAMES": {"synermedgen": {"pil": "SynerMedGenImageProcessor"}},
+    },
+}
 
 
-def register_configs():
-    """Into AutoConfig. Does not need torch."""
-    from transformers import AutoConfig
-
-    from .configuration_synermedgen import SynerMedGenConfig, SynerMedGenTextConfig
-
-    for config in (SynerMedGenConfig, SynerMedGenTextConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+def enter(module):
+    """Write our names into the tables of one loaded module of transformers."""
+    for table, names in TABLES[module.__name__].items():
+        getattr(module, table).update(names)
 
 
-def register_classes():
-    """Into the Auto classes of models and processors. Imports torch."""
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
-
-    from .configuration_synermedgen import SynerMedGenConfig
-    from .modeling_synermedgen import SynerMedGenForConditionalGeneration
-    from .processing_synermedgen import SynerMedGenProcessor  # registers the image processor too
-
-    for auto in (AutoModel, AutoModelForImageTextToText):
-        auto.register(SynerMedGenConfig, SynerMedGenForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(SynerMedGenConfig, SynerMedGenProcessor, exist_ok=True)
-
-
-def _is_loading(name: str) -> bool:
-    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
-
-
-def register_what_is_loaded(finished: str | None = None):
-    """
-    Register with every Auto class loaded so far; registering again changes nothing.
-
-    Args:
-        finished (`str`, *optional*): The watched module that has just run to its end.
-    """
-    # These modules import one another. Half of one is no use, so wait for the outermost, which comes by here as well.
-    if any(_is_loading(name) for name in _WATCHED if name != finished):
-        return
-    if _CONFIGS in sys.modules:
-        register_configs()
-    if any(name in sys.modules for name in _CLASSES):
-        register_classes()
-
-
-class _RegisterAfter(importlib.abc.MetaPathFinder):
-    """Lets the modules above load as usual, then registers."""
+class _EnterAfter(importlib.abc.MetaPathFinder):
+    """Lets the modules above load as usual, then writes our names into them."""
 
     def __init__(self):
         self.searching = set()
 
     def find_spec(self, name, path=None, target=None):
-        if name not in _WATCHED or name in self.searching:
+        if name not in TABLES or name in self.searching:
             return None
         self.searching.add(name)  # the search below must not come back here
         try:
@@ -77,15 +52,33 @@ class _RegisterAfter(importlib.abc.MetaPathFinder):
         if spec is not None:
             load = spec.loader.exec_module
 
-            def load_and_register(module):
+            def load_and_enter(module):
                 load(module)
-                register_what_is_loaded(finished=name)
+                enter(module)
 
-            spec.loader.exec_module = load_and_register
+            spec.loader.exec_module = load_and_enter
         return spec
+
+
+def register():
+    """The public way, for Auto classes loaded before us: their tables have been read already. Imports our classes."""
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    from .configuration_synermedgen import SynerMedGenConfig, SynerMedGenTextConfig
+    from .modeling_synermedgen import SynerMedGenForConditionalGeneration
+    from .processing_synermedgen import SynerMedGenProcessor  # registers the image processor too
+
+    for config in (SynerMedGenConfig, SynerMedGenTextConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        auto.register(SynerMedGenConfig, SynerMedGenForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(SynerMedGenConfig, SynerMedGenProcessor, exist_ok=True)
 
 
 def watch():
     """At once into the Auto classes loaded already, into the others as soon as they are."""
-    sys.meta_path.insert(0, _RegisterAfter())
-    register_what_is_loaded()
+    for model_type in TABLES["transformers.models.auto.configuration_auto"]["CONFIG_MAPPING_NAMES"]:
+        sys.modules[f"transformers.models.{model_type}"] = sys.modules[__package__]
+    sys.meta_path.insert(0, _EnterAfter())
+    if any(name in sys.modules for name in TABLES):
+        register()

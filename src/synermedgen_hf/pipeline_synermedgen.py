@@ -458,7 +458,8 @@ class SynerMedGenPipeline(DiffusionPipeline):
         tokens = tokens.float().to(self.model.device)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
-                sigma = float(self.scheduler.sigmas[step])
+                # A float32 scalar: compared in float32, so that 0.4 is not above a lower end of 0.4.
+                sigma = self.scheduler.sigmas[step]
                 if len(branches) > 1 and guidance_interval[0] < sigma <= guidance_interval[1]:
                     v, u, w = (*self.velocity(tokens, sigma, branches, grid_hw), None)[:3]
                     velocity = guide_velocity(

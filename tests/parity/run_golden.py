@@ -260,7 +260,7 @@ def understanding(golden: Golden) -> Iterator[Result]:
     yield close("und.train.final_hidden", joint.last_hidden_state[0], golden["und.train.final_hidden"])
 
 
-def greedy(golden: Golden, plan: list[dict], max_length: int, stop: int) -> tuple[list[int], torch.Tensor]:
+def greedy(golden: Golden, plan: list[dict], max_length: int, stop: int | None) -> tuple[list[int], torch.Tensor]:
     """BOS and the greedy answer as the original returns it, and the logits of every step."""
     blocks, images = [], []
     for item in plan:
@@ -289,7 +289,8 @@ def greedy(golden: Golden, plan: list[dict], max_length: int, stop: int) -> tupl
 
 def text(golden: Golden) -> Iterator[Result]:
     plan, case = golden.cases["und"]["plan"], golden.cases["text"]
-    ids, logits = greedy(golden, plan, case["max_length"], golden.config.eos_token_id)
+    # The recorded run has no end token, so an EOS in its midst is a word like any other.
+    ids, logits = greedy(golden, plan, case["max_length"], None)
     yield same("text.ids", ids, golden["text.ids"])
     yield close("text.logits", logits, golden["text.logits"])
     ids, logits = greedy(golden, plan, case["max_length"], case["stop"]["end_token_id"])
@@ -448,7 +449,11 @@ def end_to_end(golden: Golden) -> Iterator[Result]:
     golden.tensors["e2e.vit_own"] = vit_input
     plan = [{"type": "vit", "image": "e2e.vit_own"}, {"type": "text", "ids": prompt.ids}]
     ids, _ = greedy(golden, plan, case["und"]["max_think_token_n"], golden.config.eos_token_id)
-    yield same("e2e.und.ids", ids[1:], golden["e2e.und.ids"])
+    # The recorded answer is without BOS; whether one in its midst went too, its record does not say.
+    answers = [
+        [i for i in answer if i != golden.config.bos_token_id] for answer in (ids, golden["e2e.und.ids"].tolist())
+    ]
+    yield same("e2e.und.ids", *answers)
 
 
 def training_batch(golden: Golden) -> tuple[dict[str, torch.Tensor], list]:
@@ -495,19 +500,52 @@ def training_batch(golden: Golden) -> tuple[dict[str, torch.Tensor], list]:
         "attention_mask": pad([[1] * len(row.input_ids) for row in rows], 0),
         "position_ids": pad([row.position_ids for row in rows], 0),
         "labels": pad([row.labels for row in rows], -100),
-        "pixel_values": torch.cat(pixel_values),
-        "image_grid_hw": torch.tensor(image_grids),
-        "latents": torch.cat(latents),
-        "latent_grid_hw": torch.tensor(latent_grids),
-        "timestep": torch.tensor(timesteps),
-        "velocity_labels": torch.cat(labels_v),
     }
+    if pixel_values:
+        batch |= {"pixel_values": torch.cat(pixel_values), "image_grid_hw": torch.tensor(image_grids)}
+    if latents:
+        batch |= {"latents": torch.cat(latents), "latent_grid_hw": torch.tensor(latent_grids)}
+        batch |= {"timestep": torch.tensor(timesteps), "velocity_labels": torch.cat(labels_v)}
     return batch, rows
+
+
+def packing(golden: Golden, batch: dict[str, torch.Tensor], rows: list) -> Iterator[Result]:
+    """The rows of the batch, laid end to end, are the recorded pack."""
+    case, config = golden.cases["train"], golden.config
+    real = batch["attention_mask"].bool()
+    ids = batch["input_ids"][real]
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)[real]
+    is_vit, is_target = ids == config.image_token_id, ids == config.target_token_id
+    is_latent = is_target | (ids == config.latent_token_id)
+    is_text = ~is_vit & ~is_latent
+    packed = {
+        "packed_text_ids": ids[is_text],
+        "packed_text_indexes": is_text.nonzero().flatten(),
+        "packed_vae_token_indexes": is_latent.nonzero().flatten(),
+        "mse_loss_indexes": is_target.nonzero().flatten(),
+        "ce_loss_indexes": (labels != -100).nonzero().flatten(),
+    }
+    if "pixel_values" in batch:
+        grids = batch["image_grid_hw"]
+        packed["packed_vit_token_indexes"] = is_vit.nonzero().flatten()
+        packed["packed_vit_position_ids"] = grid_ids(grids, config.vision_patches_per_side, "ViT")
+        packed["vit_token_seqlens"] = grids.prod(1)
+        yield close("train.packed_vit_tokens", batch["pixel_values"], golden["train.packed_vit_tokens"])
+    if "latents" in batch:
+        packed["packed_latent_position_ids"] = grid_ids(batch["latent_grid_hw"], config.max_latent_size, "latent")
+        latent = golden.pipe.encode_latents(golden["train.padded_images"], golden["train.vae_eps"])
+        yield close("train.padded_latent", latent, golden["train.padded_latent"])
+    for name, ours in packed.items():
+        yield same(f"train.{name}", ours, golden[f"train.{name}"])
+    modes = {"text": "causal", "image": "full", "latent": "full", "target": "noise"}
+    splits = [[[n, modes[kind]] for kind, n in zip(row.kinds, row.lengths, strict=True)] for row in rows]
+    yield same("train.splits_per_sample", splits, case["splits_per_sample"])
 
 
 def training(golden: Golden) -> Iterator[Result]:
     case, config = golden.cases["train"], golden.config
     batch, rows = training_batch(golden)
+    yield from packing(golden, batch, rows)
     real = batch["attention_mask"].bool()
     yield same("train.packed_position_ids", batch["position_ids"][real], golden["train.packed_position_ids"])
     layout = read_layout(config, batch["input_ids"], real)
