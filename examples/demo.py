@@ -93,7 +93,7 @@ def measure(pipe, prediction: np.ndarray, reference: np.ndarray, target: str) ->
     return {"ssim_codec_frame": float(ssim), "mae_codec01_frame": float(np.abs(made - wanted).mean() / 2)}
 
 
-def draw(rows: list[dict], path: Path):
+def draw(rows: list[dict], notice: str, path: Path):
     """The contact sheet."""
     figure, axes = plt.subplots(len(rows), 4, figsize=(11, 2.75 * len(rows) + 0.9))
     for axis in axes.flat:
@@ -123,9 +123,7 @@ def draw(rows: list[dict], path: Path):
         axis_difference.imshow(made - reference, cmap="RdBu_r", vmin=-span, vmax=span)
         ssim = row["metrics"]["ssim_codec_frame"]
         axis_difference.set_title(f"difference, SSIM {100 * ssim:.1f}\n-{span:.0f} to {span:.0f} {unit}", fontsize=8)
-    figure.suptitle(
-        "SynerMedGen, bundled demonstration weights trained on simulated scans. Not for clinical use.", fontsize=10
-    )
+    figure.suptitle(f"SynerMedGen. {notice}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -158,10 +156,11 @@ def main(args):
             row["metrics"] = measure(pipe, made, case["reference"], case["target"])
         rows.append(row)
     sheet = args.output_dir / "contact_sheet.png"
-    draw(rows, sheet)
+    notice = pipe.model.config.notice or ""
+    draw(rows, notice, sheet)
     report = {
         "model": str(args.model or "synermedgen-tiny"),
-        "notice": "Demonstration weights trained on simulated scans. Not for clinical use.",
+        "notice": notice,
         "protocol": "SSIM: scikit-image, 7x7 uniform window, frame, codec scale; mean absolute error: frame",
         "cases": [
             {

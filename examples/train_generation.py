@@ -37,6 +37,7 @@ from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, ma
 
 logger = logging.getLogger(__name__)
 
+NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use."
 # The parts Stage II trains; the rest is the understanding branch.
 GENERATION_PARTS = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
 
@@ -205,12 +206,6 @@ def main(args):
     )
     set_seed(args.seed)
     pipe = SynerMedGenPipeline.from_pretrained(args.pretrained_model_name_or_path)
-    with accelerator.main_process_first():
-        cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
-    pairs = LatentPairs(cases, pipe, accelerator.autocast)
-    logger.info("%d slices of %d simulated subjects, %d routes", len(pairs.means), len(cases), len(pairs.slices))
-    del cases
-
     model = pipe.model.train()
     model.lm_head.requires_grad_(False)  # the flow loss does not reach it
     if args.freeze != "none":
@@ -232,8 +227,9 @@ def main(args):
     scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        # accelerate advances the schedule once for every process.
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     ema = EMAModel(trained, decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -248,6 +244,16 @@ def main(args):
         accelerator.load_state(folder)
         step = int(folder.name.split("-")[1])
         logger.info("resumed from %s", folder)
+
+    if step < args.max_train_steps:
+        with accelerator.main_process_first():
+            cases = load_phantom(
+                "train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc
+            )
+        pipe.vae.to(accelerator.device)
+        pairs = LatentPairs(cases, pipe, accelerator.autocast)
+        logger.info("%d slices of %d simulated subjects, %d routes", len(pairs.means), len(cases), len(pairs.slices))
+        del cases
 
     start, losses = time.monotonic(), []
     log = open(args.output_dir / "log.jsonl", "a") if accelerator.is_main_process else None
@@ -290,6 +296,7 @@ def main(args):
         ema.copy_to(trained)
         config = pipe.model.config
         config.trained_routes = [route.name for route in ROUTES]
+        config.notice = NOTICE
         sampling = {
             "num_inference_steps": args.sampling_steps,
             "guidance_scale": args.guidance_scale,

@@ -112,6 +112,7 @@ def test_the_saved_pipeline_knows_its_routes_and_its_sampling(trained):
     config = SynerMedGenPipeline.from_pretrained(trained / "pipeline").model.config
     assert config.trained_routes == [route.name for route in ROUTES] and len(ROUTES) == 22
     assert config.trained_tasks == []
+    assert "simulated scans. Not for clinical use" in config.notice
     assert config.sampling == {"num_inference_steps": 2, "guidance_scale": 1.0, "image_guidance_scale": 1.5}
 
 

@@ -174,6 +174,14 @@ def test_guidance_outside_its_interval_is_no_guidance(pipe, mr_slice):
     assert np.array_equal(none, outside) and not np.allclose(none, inside)
 
 
+def test_a_timestep_on_the_lower_end_of_the_interval_is_not_guided(pipe, mr_slice):
+    # Five steps without shift lie at 1, 0.8, 0.6, 0.4, 0.2, and 0.4 is a little more than that in float32.
+    options = {"num_inference_steps": 5, "timestep_shift": 1.0}
+    on_it = hounsfield(pipe, mr_slice, guidance_interval=(0.4, 1.0), **options)
+    assert np.array_equal(on_it, hounsfield(pipe, mr_slice, guidance_interval=(0.5, 1.0), **options))
+    assert not np.allclose(on_it, hounsfield(pipe, mr_slice, guidance_interval=(0.3, 1.0), **options))
+
+
 def test_image_guidance_alone_does_nothing(pipe, mr_slice):
     options = {"guidance_scale": 1.0}
     assert np.array_equal(
@@ -214,6 +222,13 @@ def test_save_and_load_round_trip_is_array_equal(pipe, mr_slice, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(hounsfield(pipe, mr_slice), hounsfield(loaded, mr_slice))
     assert {path.suffix for path in tmp_path.rglob("*.*") if path.stat().st_size > 50_000} <= {".safetensors"}
+
+
+def test_a_notice_is_said_when_loading(pipe, tmp_path, capsys):
+    pipe.model.config.notice = "Trained on a toy."
+    pipe.save_pretrained(tmp_path)
+    SynerMedGenPipeline.from_pretrained(tmp_path)
+    assert "Trained on a toy." in capsys.readouterr().err
 
 
 def test_a_component_of_ones_own_replaces_the_stored_one(pipe, tmp_path):

@@ -80,6 +80,8 @@ class SynerMedGenConfig(PreTrainedConfig):
         trained_routes (`list[str]`):
             Names of the routes it was trained to synthesise, such as `"brain/MRI-CT"`; empty if unknown, in which
             case no route is refused.
+        notice (`str`, *optional*):
+            What every user of this checkpoint must know; the pipeline says it when it loads.
         sampling (`dict`):
             What the pipeline uses where the caller says nothing: `num_inference_steps`, `guidance_scale`,
             `image_guidance_scale`. The defaults are SynerMedGen's published ones.
@@ -105,6 +107,7 @@ class SynerMedGenConfig(PreTrainedConfig):
     target_token_id: int = 151656
     trained_tasks: list[str] | None = None
     trained_routes: list[str] | None = None
+    notice: str | None = None
     sampling: dict | None = None
     tie_word_embeddings: bool = False
 

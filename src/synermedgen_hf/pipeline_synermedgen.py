@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from transformers import AutoModel, AutoProcessor, DynamicCache, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
@@ -28,6 +28,8 @@ from .processing_synermedgen import (
     build_sequence,
     make_instruction,
 )
+
+logger = logging.get_logger(__name__)
 
 RESCALE_MODES = ("global", "channel", "text_channel")
 
@@ -196,6 +198,8 @@ class SynerMedGenPipeline(DiffusionPipeline):
             for tensor in components[name].parameters():
                 if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                     tensor.data = tensor.data.clone()
+        if components["model"].config.notice:
+            logger.warning(components["model"].config.notice)
         return cls(**components)
 
     # 1. Check everything before any computing ------------------------------------------------------------------------
