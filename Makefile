@@ -68,7 +68,7 @@ quality: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(PY) examples/benchmark.py
 
-# The script calls `python` and `accelerate`.
+# The script calls `python`.
 train-tiny: $(INSTALLED)
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/train_tiny.sh
 

@@ -90,7 +90,7 @@ def benchmark_tiny(args) -> dict:
     )
     return {
         "seconds_one_synthesis": seconds["single"],
-        "peak_memory_mb": peak / 1e6,
+        "peak_memory_of_the_process_mb": peak / 1e6,
         "batch_of_8_to_8_singles": seconds["batch_of_8"] / seconds["eight_singles"],
     }
 
@@ -196,9 +196,13 @@ class Ideal:
         self.buffers = {}
         self.generator = torch.Generator().manual_seed(0)
         latent, vit, text = 258, 326, TEXT + 2
-        self.prefill = [(latent, latent, "gen"), (vit, latent + vit, "und"), (text, latent + vit + text, "und")]
+        # Of each expert: (batch, rows, keys) of every block of the context.
+        self.prefill = {
+            "gen": [(1, latent, latent)],
+            "und": [(1, vit, latent + vit), (1, text, latent + vit + text)],
+        }
         if guided:
-            self.prefill.append((text, text, "und"))
+            self.prefill["und"].append((1, text, text))
         self.branches = 3 if guided else 1
         self.target, self.keys = 258, latent + vit + text + 258
         width = HIDDEN + 2 * KV_HEADS * HEAD
@@ -227,8 +231,8 @@ class Ideal:
             self.buffers[key] = self.random(*key[1:])
         return self.buffers[key]
 
-    def product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.mm(rows, weight.t(), out=self.buffer(f"out{id(weight)}", len(rows), len(weight)))
+    def product(self, rows: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.mm(rows, weight.t(), out=self.buffer(name, len(rows), len(weight)))
 
     def attend(self, query, batch: int, keys: int, heads: int, kv_heads: int) -> torch.Tensor:
         query = query.view(batch, -1, heads, query.shape[1] // heads).transpose(1, 2)
@@ -236,27 +240,31 @@ class Ideal:
         attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=heads != kv_heads)
         return attended.transpose(1, 2).reshape(-1, heads * query.shape[-1])
 
-    def layer(self, rows: int, batch: int, keys: int, expert: str, layer: int):
-        hidden = self.buffer("hidden", rows, HIDDEN)
+    def layer(self, blocks: list[tuple[int, int, int]], expert: str, layer: int):
+        """One expert's share of a layer: its products over all rows at once, attention block by block."""
         weight = {name: self.experts[expert, layer, name] for name in ("qkv", "o", "gate_up", "down")}
-        query = self.product(hidden, weight["qkv"])[:, :HIDDEN]
-        self.product(self.attend(query, batch, keys, HEADS, KV_HEADS), weight["o"])
-        self.product(self.product(hidden, weight["gate_up"])[:, :MLP], weight["down"])
+        counts = [batch * rows for batch, rows, _ in blocks]
+        hidden = self.buffer("hidden", sum(counts), HIDDEN)
+        query = self.product(hidden, weight["qkv"], "qkv")[:, :HIDDEN]
+        for part, (batch, _, keys) in zip(query.split(counts), blocks, strict=True):
+            attended = self.attend(part, batch, keys, HEADS, KV_HEADS)
+        self.product(attended if len(blocks) == 1 else hidden, weight["o"], "o")
+        self.product(self.product(hidden, weight["gate_up"], "gate_up")[:, :MLP], weight["down"], "down")
 
     @torch.no_grad()
     def run(self):
-        hidden = self.product(self.buffer("pixels", 324, 3 * PATCH**2), self.ends[0])
+        hidden = self.product(self.buffer("pixels", 324, 3 * PATCH**2), self.ends[0], "patches")
         for weight in self.vit:
-            query = self.product(hidden, weight["qkv"])[:, :VIT_HIDDEN]
-            self.product(self.attend(query, 1, 324, VIT_HEADS, VIT_HEADS), weight["o"])
-            self.product(self.product(hidden, weight["fc1"]), weight["fc2"])
-        self.product(self.product(hidden, self.ends[1]), self.ends[2])
+            query = self.product(hidden, weight["qkv"], "vit_qkv")[:, :VIT_HIDDEN]
+            self.product(self.attend(query, 1, 324, VIT_HEADS, VIT_HEADS), weight["o"], "vit_o")
+            self.product(self.product(hidden, weight["fc1"], "fc1"), weight["fc2"], "fc2")
+        self.product(self.product(hidden, self.ends[1], "connector"), self.ends[2], "features")
         for layer in range(LAYERS):
-            for rows, keys, expert in self.prefill:
-                self.layer(rows, 1, keys, expert, layer)
+            for expert, blocks in self.prefill.items():
+                self.layer(blocks, expert, layer)
         for _ in range(EVALUATIONS):
             for layer in range(LAYERS):
-                self.layer(self.branches * self.target, self.branches, self.keys, "gen", layer)
+                self.layer([(self.branches, self.target, self.keys)], "gen", layer)
 
 
 def benchmark_ideal(args, guided: bool) -> dict:
@@ -292,6 +300,7 @@ def main(args):
     for name in args.only:
         for figure, value in result[name].items():
             print(f"| {name} | {figure.replace('_', ' ')} | {value:.3g} |")
+    print("\n" + json.dumps(result, indent=2))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2) + "\n")

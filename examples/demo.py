@@ -36,22 +36,33 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def mni_slice(z_mm: float = 10.0) -> np.ndarray:
-    """One axial slice of the MNI152 T1 template, `(height, width)`, anterior up, patient's right on the left."""
-    template = load_mni152_template(resolution=1)
-    index = round((z_mm - template.affine[2, 3]) / template.affine[2, 2])
-    image = np.asarray(template.dataobj, np.float32)[:, :, index]
-    # RAS to rows from anterior, columns from the patient's right: transpose, then flip the rows.
-    columns_from_right = image if template.affine[0, 0] < 0 else image[::-1]
-    return np.ascontiguousarray(columns_from_right[::-1].T[::-1])
+def axial_slice(volume, z_mm: float) -> np.ndarray:
+    """
+    One axial slice for display.
+
+    Args:
+        volume (`nibabel.Nifti1Image`): Axes along the patient's left-right, back-front and feet-head, in either sense.
+        z_mm (`float`): Height in the volume's own coordinates.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`: anterior up, patient's right on the left.
+    """
+    step = np.diag(volume.affine)[:3]
+    image = np.asarray(volume.dataobj, np.float32)[:, :, round((z_mm - volume.affine[2, 3]) / step[2])]
+    # World coordinates grow towards the patient's right, front and head in neuroimaging's RAS+ convention.
+    from_right = image if step[0] < 0 else image[::-1]
+    from_front = from_right[:, ::-1] if step[1] > 0 else from_right
+    return np.ascontiguousarray(from_front.T)
 
 
 def make_cases(seed: int) -> list[dict]:
-    """What the demo shows: title, source and its modality, target, region, reference or `None`."""
+    """What the demo shows: title, source, its volume and modality, target, region, reference where there is one."""
+    template = load_mni152_template(resolution=1)
     cases = [
         {
             "title": "Real MR template (MNI152)",
-            "image": mni_slice(),
+            "image": axial_slice(template, 10.0),
+            "volume": np.asarray(template.dataobj),
             "source": "MRI",
             "target": "CT",
             "region": "brain",
@@ -70,6 +81,7 @@ def make_cases(seed: int) -> list[dict]:
             {
                 "title": f"Simulated {region}",
                 "image": case.images[source][pick],
+                "volume": case.images[source],
                 "reference": case.images[target][pick],
                 "source": source,
                 "target": target,
@@ -135,6 +147,9 @@ def main(args):
     pipe = SynerMedGenPipeline.from_pretrained(args.model or checkpoint_path())
     rows = []
     for case in make_cases(args.seed):
+        # An MR slice is given the window of its volume, as in training.
+        codec = pipe.processor.image_processor
+        window = codec.intensity_window(case["volume"], case["source"])
         start = time.perf_counter()
         output = pipe(
             case["image"],
@@ -142,6 +157,7 @@ def main(args):
             source=case["source"],
             region=case["region"],
             seed=args.seed,
+            window=window,
             output_type="np",
         )
         made, record = output.images[0], output.records[0]

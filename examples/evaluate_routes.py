@@ -101,7 +101,7 @@ def main(args):
     result = {
         "protocol": "ssim x100, scikit-image 7x7 uniform, whole frame, codec scale, mean over slices",
         "subjects": f"{args.cases} simulated subjects per protocol, {args.split} split, {args.slices_per_case} slices",
-        "sampling": {key: value for key, value in options.items() if value is not None} or pipe.model.config.sampling,
+        "sampling": {**pipe.model.config.sampling, **{k: v for k, v in options.items() if v is not None}},
         "mean": mean,
         "routes_above_copy": better,
         "routes": rows,

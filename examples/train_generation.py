@@ -1,7 +1,9 @@
 """Stage II: train SynerMedGen to synthesise one modality from another, by flow matching in the VAE's latent space.
 
     accelerate launch examples/train_generation.py \\
-        --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny --max_train_steps 8000
+        --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny --freeze none
+
+The command of the bundled weights, with all its arguments, is in `examples/train_tiny.sh`. The data are simulated.
 
 Each sample is a simulated patient's slice: source modality (VAE latents, then ViT patches), the instruction, and the
 noised latents of the target. The network predicts `noise - data` at the target's tokens.
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -201,8 +203,11 @@ def make_batch(pairs: LatentPairs, pipe: SynerMedGenPipeline, args, step: int, p
 
 def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # With nothing frozen, some understanding parameters of the last layer never meet the flow loss.
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none")],
     )
     set_seed(args.seed)
     pipe = SynerMedGenPipeline.from_pretrained(args.pretrained_model_name_or_path)
@@ -242,6 +247,7 @@ def main(args):
     if args.resume_from_checkpoint and (checkpoints or args.resume_from_checkpoint != "latest"):
         folder = checkpoints[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
         accelerator.load_state(folder)
+        ema.to(accelerator.device)
         step = int(folder.name.split("-")[1])
         logger.info("resumed from %s", folder)
 
@@ -256,7 +262,12 @@ def main(args):
         del cases
 
     start, losses = time.monotonic(), []
-    log = open(args.output_dir / "log.jsonl", "a") if accelerator.is_main_process else None
+    if accelerator.is_main_process:
+        rows = read_log(args.output_dir / "log.jsonl", step)
+        start -= 60 * rows[-1]["minutes"] if rows else 0
+        log = open(args.output_dir / "log.jsonl", "w")
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+        log.flush()
     progress = tqdm(total=args.max_train_steps, initial=step, desc="flow", disable=not accelerator.is_main_process)
     while step < args.max_train_steps:
         for micro in range(args.gradient_accumulation_steps):
@@ -310,6 +321,12 @@ def main(args):
         (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
         logger.info("saved %s", args.output_dir / "pipeline")
     accelerator.end_training()
+
+
+def read_log(path: Path, step: int) -> list[dict]:
+    """What was logged up to a step; an interrupted run may have logged more than it saved."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["step"] <= step]
 
 
 def prune_checkpoints(folder: Path, keep: int):

@@ -81,6 +81,8 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise SystemExit("This small autoencoder is trained by one process: run the script with python.")
     set_seed(args.seed)
     image_processor = SynerMedGenImageProcessor(
         vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": 14112 * 128}
@@ -167,7 +169,7 @@ def main(args):
 def measure_latents(vae, data: torch.Tensor, batch_size: int, n: int = 512):
     """Set `shift_factor` and `scaling_factor` so that `(z - shift) * scale` has mean 0 and variance 1."""
     chosen = data[torch.linspace(0, len(data) - 1, min(n, len(data))).long()].float()[:, None].expand(-1, 3, -1, -1)
-    latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in chosen.split(batch_size)])
+    latents = torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mean for batch in chosen.split(batch_size)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 

@@ -5,7 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from nibabel import Nifti1Image
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,7 +21,9 @@ def run(script: str, *arguments):
     spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")
     module = sys.modules[script] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(module.parse_args([str(argument) for argument in arguments]))
+    if arguments:
+        module.main(module.parse_args([str(argument) for argument in arguments]))
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,17 @@ def test_a_resumed_training_is_identical_to_an_uninterrupted_one(trained, work, 
     assert [row["loss_mse"] for row in log(trained)] == [row["loss_mse"] for row in log(work / "resumed")]
 
 
+def test_a_resumed_log_holds_every_step_once(trained, work, start, data):
+    train_generation(work / "logged", start, data, 2)
+    with open(work / "logged" / "log.jsonl", "a") as file:
+        file.write(
+            '{"step": 3, "loss_mse": 0.0, "lr": 0.0, "minutes": 0.1}\n'
+        )  # logged, then killed before it was saved
+    train_generation(work / "logged", start, data, 4, "--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in log(work / "logged")] == [1, 2, 3, 4]
+    assert [row["loss_mse"] for row in log(work / "logged")] == [row["loss_mse"] for row in log(trained)]
+
+
 def test_training_moves_the_generation_expert(trained, start):
     before = load_file(start / "model" / "model.safetensors")
     after = load_file(trained / "pipeline" / "model" / "model.safetensors")
@@ -137,6 +152,27 @@ def test_the_demo_writes_a_contact_sheet_and_a_report(trained, work):
     assert "Not for clinical use" in report["notice"]
     sheet = Image.open(work / "demo" / "contact_sheet.png")
     assert min(sheet.size) > 800 and len(sheet.convert("L").getcolors()) > 100
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)])
+def test_an_axial_slice_shows_anterior_up_and_the_right_on_the_left(signs):
+    data = np.zeros((4, 5, 6), np.float32)
+    # A marker at x = 3 (right), y = 4 (front), z = 2, in voxels of 1 mm that run either way along each axis.
+    place = [p if sign > 0 else n - 1 - p for p, sign, n in zip((3, 4, 2), signs, data.shape, strict=True)]
+    data[tuple(place)] = 1
+    affine = np.diag([*signs, 1.0])
+    affine[:3, 3] = [0 if sign > 0 else n - 1 for sign, n in zip(signs, data.shape, strict=True)]
+    image = run("demo").axial_slice(Nifti1Image(data, affine), 2.0)
+    assert image.shape == (5, 4) and np.argwhere(image).tolist() == [[0, 0]]
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_with_the_ideal_and_with_recomputing(work):
+    run("benchmark", "--only", "W1", "W2", "cache", "--repeats", 1, "--output", work / "mid.json")
+    figures = json.loads((work / "mid.json").read_text())
+    assert figures["W1"]["ratio"] > 1 and figures["W2"]["ratio"] > 1
+    assert figures["W1"]["seconds"] > figures["W2"]["seconds"]
+    assert figures["cache"]["recomputed_to_cached"] > 1
 
 
 def test_the_benchmark_states_ratios(trained, work):

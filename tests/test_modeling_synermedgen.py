@@ -229,6 +229,13 @@ def test_joint_training_has_both_losses(model, config):
     torch.testing.assert_close(outputs.loss, outputs.loss_ce + outputs.loss_mse)
 
 
+def test_a_batch_without_an_answer_has_no_loss_rather_than_nan(model, config):
+    inputs = example(config, *SYNTHESIS, labels=True)
+    outputs = run(model, inputs)
+    assert (inputs["labels"] == -100).all()
+    assert outputs.loss_ce == 0 and outputs.loss == outputs.loss_mse > 0
+
+
 def test_a_fresh_model_predicts_no_velocity(config):
     fresh = SynerMedGenForConditionalGeneration(config)
     assert (run(fresh, example(config, *SYNTHESIS)).velocity == 0).all()
@@ -710,6 +717,11 @@ def test_several_caches_are_only_read(model, config):
             run(model, inputs, past_key_values=caches, **wrong)
     with pytest.raises(ValueError, match="2 caches for 1 rows"):
         run(model, {name: value[:1] for name, value in inputs.items()}, past_key_values=caches)
+
+
+def test_velocity_labels_without_a_target(model, config):
+    with pytest.raises(ValueError, match="`velocity_labels` has 4 rows for 0 target tokens"):
+        run(model, example(config, SCAN, QUESTION), velocity_labels=torch.zeros(4, config.latent_token_dim))
 
 
 @pytest.mark.parametrize("name", ["pixel_values", "latents", "timestep", "velocity_labels"])

@@ -45,7 +45,7 @@ class SliceInputs:
         vit_patches (`torch.Tensor` of shape `(N, patch * patch * 3)`): float32 in [-1, 1].
         vit_grid (`tuple[int, int]`): rows and columns of the patch grid, `N = rows * columns`.
         intensity (`dict`): modality, unit, low, high, scale; read by `decode_intensity`.
-        geometry (`dict`): height, width, pad (top, bottom, left, right), side; read by `postprocess_slice`.
+        geometry (`dict`): height, width, pad (top, bottom, left, right); read by `postprocess_slice`.
     """
 
     vae_pixels: torch.Tensor
@@ -58,11 +58,12 @@ class SliceInputs:
 def resize_shape(
     height: int, width: int, max_size: int, min_size: int, stride: int, max_pixels: int, num_images: int = 1
 ) -> tuple[int, int]:
-    """BAGEL's size rule: sides are multiples of `stride`, at least `min_size`, never above `max_size`.
+    """BAGEL's size rule: sides are multiples of `stride`; the shorter reaches `min_size` unless a bound forbids it.
 
     Args:
         height, width (`int`): size of the input in pixels.
-        max_size, min_size (`int`): bounds of the longer and of the shorter side; on conflict `max_size` wins.
+        max_size, min_size (`int`): bounds of the longer and of the shorter side; on conflict `max_size` wins, and so
+            does `max_pixels`.
         stride (`int`): both sides become multiples of it (rounded half to even, as Python does).
         max_pixels (`int`): bound of the area, shared by `num_images`.
 
@@ -115,7 +116,7 @@ def resize_float(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.clip(np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)), -1.0, 1.0)
 
 
-def picture_pixels(picture: Image.Image, size: dict[str, int], num_images: int = 1) -> torch.Tensor:
+def picture_pixels(picture: Image.Image, size: dict[str, int]) -> torch.Tensor:
     """BAGEL's own transform of an 8-bit picture: RGB, bicubic to [`resize_shape`], then `(x / 255 - 0.5) / 0.5`.
 
     Args:
@@ -125,7 +126,7 @@ def picture_pixels(picture: Image.Image, size: dict[str, int], num_images: int =
     Returns:
         `torch.Tensor` of shape `(3, H, W)`: float32 in [-1, 1].
     """
-    height, width = resize_shape(picture.height, picture.width, **size, num_images=num_images)
+    height, width = resize_shape(picture.height, picture.width, **size)
     picture = _to_rgb(picture).resize((width, height), Image.Resampling.BICUBIC)
     return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
@@ -179,6 +180,10 @@ def load_slice(image: Any) -> tuple[np.ndarray, bool]:
         raise ValueError(f"Got an array of type {array.dtype}: pass real numbers, e.g. array.astype('float32').")
     if array.size == 0:
         raise ValueError(f"Got an empty array of shape {array.shape}: there is nothing to translate.")
+    if array.ndim == 3 and array.shape[-1] in (3, 4):
+        raise ValueError(
+            f"Got shape {array.shape}, a colour picture or several: a scan slice is grey. Pass one of shape (H, W)."
+        )
     if array.ndim != 2:
         raise ValueError(f"Got shape {array.shape}: pass one slice of shape (H, W), e.g. volume[:, :, k].")
     if min(array.shape) < _SMALLEST_SIDE:
@@ -208,8 +213,7 @@ def _open_picture(source: str | Path) -> Image.Image:
         name = "The data: address" if name.startswith("data:") else name
     elif name.lower().endswith(_NOT_PICTURES):
         raise ValueError(
-            f"{name} is not a picture: read it with synermedgen_hf.volumes.read (or nibabel, pydicom, SimpleITK) and "
-            "pass one slice in scanner units."
+            f"{name} is not a picture: read it with nibabel, pydicom or SimpleITK and pass one slice in scanner units."
         )
     elif name.lower().endswith((".npy", ".npz")):
         raise ValueError(f"{name} is an array file: load it with numpy.load and pass one slice of shape (H, W).")
@@ -317,9 +321,6 @@ class SynerMedGenImageProcessor(PilBackend):
     # Of the base class; they have no meaning here and would only clutter the saved file.
     default_to_square = rescale_factor = None
 
-    load_slice = staticmethod(load_slice)
-    to_display = staticmethod(to_display)
-
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         for modality, spec in self.intensity.items():
@@ -407,15 +408,39 @@ class SynerMedGenImageProcessor(PilBackend):
         """Any slice to [-1, 1]. Pictures: see `preprocess_slice`."""
         array, is_picture = load_slice(image)
         if not is_picture:
+            self._warn_of_a_wrong_scale(array, modality, window)
             return self.encode_intensity(array, modality, window)
         white = float(np.iinfo(array.dtype).max)
         if modality is not None and "high" in self._spec(modality):
+            if array.dtype == np.uint16 and array.max() < 4096:
+                logger.warning_once(
+                    f"A 16-bit {modality} picture ends at level {array.max()} of 65535, so all of it is taken for the "
+                    "low end of the window. If its levels are scanner units plus an offset, pass an array in scanner "
+                    "units instead."
+                )
             low, high = self.intensity_window(array, modality) if window is None else window
             return self.encode_intensity(low + array / white * (high - low), modality, (low, high))
         if modality is None and window is None:
             window = (0.0, white)
         encoded, record = self.encode_intensity(array, modality, window)
         return encoded, {**record, "unit": "grey level"}
+
+    def _warn_of_a_wrong_scale(self, array: np.ndarray, modality: str | None, window: tuple[float, float] | None):
+        """Say it where the window would throw away much of a slice: most likely its values are not in scanner units."""
+        if modality is None:
+            return
+        low, high = self.intensity_window(array, modality) if window is None else window
+        below, above = (array < low).mean(), (array > high).mean()
+        if "percentile" in self._spec(modality) and below > 0.05:
+            logger.warning_once(
+                f"{below:.0%} of a {modality} slice lies below {low:g} and is clipped: it looks normalised (z-scored). "
+                "Shift it to start at 0, or pass window=(low, high)."
+            )
+        elif above > 0.05:
+            logger.warning_once(
+                f"{above:.0%} of a {modality} slice lies above {high:g} {self._spec(modality)['unit']} and is clipped: "
+                "is it in scanner units (HU, SUV)?"
+            )
 
     # ---- one slice, for generation ----
 
@@ -473,7 +498,7 @@ class SynerMedGenImageProcessor(PilBackend):
                 f"{limit} a side: lower vae_size['max_size'] or 'min_size'."
             )
         patches, grid = self._vit_patches(self._vit_pixels(padded))
-        geometry = {"height": height, "width": width, "pad": pad, "side": max(size)}
+        geometry = {"height": height, "width": width, "pad": pad}
         return SliceInputs(_grey_to_rgb(resize_float(padded, *size)), patches, grid, intensity, geometry)
 
     def postprocess_slice(

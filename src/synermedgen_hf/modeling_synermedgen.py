@@ -331,6 +331,7 @@ class SynerMedGenAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
         self.is_causal = False
         query_size, key_size = config.hidden_size, config.num_key_value_heads * self.head_dim
         for expert in ("", "_moe_gen"):
@@ -375,7 +376,9 @@ class SynerMedGenAttention(nn.Module):
                 past = cache.layers[self.layer_idx]
                 key, value = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
             # is_causal must be said: without a mask, scaled_dot_product_attention would otherwise be told "causal".
-            outputs.append(attention(self, query, key, value, mask, scaling=self.scaling, is_causal=False)[0])
+            options = {"scaling": self.scaling, "is_causal": False}
+            options["dropout"] = self.attention_dropout if self.training else 0.0
+            outputs.append(attention(self, query, key, value, mask, **options)[0])
         return torch.cat(outputs).flatten(2)
 
 
@@ -442,12 +445,18 @@ class SynerMedGenTextModel(nn.Module):
         gen: torch.FloatTensor | None,
         position_ids: torch.LongTensor,
         detach_understanding: bool = False,
+        output_hidden_states: bool = False,
         **attention_kwargs,
     ):
-        """Runs all layers; returns a list of `(und, gen)`: the embeddings, each layer's output, the normed output."""
-        states = [(und, gen)]
+        """
+        Runs all layers. Returns `(und, gen)` after the final norms, and a list of those before: the embeddings and each
+        layer's output, where asked for.
+        """
+        states = []
         position_embeddings = self.rotary_emb(und, position_ids)
         for layer in self.layers:
+            if output_hidden_states:
+                states.append((und, gen))
             und, gen = layer(
                 und,
                 gen,
@@ -455,11 +464,11 @@ class SynerMedGenTextModel(nn.Module):
                 position_embeddings=position_embeddings,
                 **attention_kwargs,
             )
+        if output_hidden_states:
             states.append((und, gen))
         with torch.no_grad() if detach_understanding else contextlib.nullcontext():
             und = self.norm(und)
-        states.append((und, None if gen is None else self.norm_moe_gen(gen)))
-        return states
+        return (und, None if gen is None else self.norm_moe_gen(gen)), states
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,7 +486,7 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SynerMedGenDecoderLayer", "SiglipEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "caches"]
     _supports_sdpa = True
     _supports_flex_attn = True
     # Flash kernels take no mask, and an image block next to a causal text cannot be said without one.
@@ -707,11 +716,12 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             masks.append(backend_mask(own, self.config.text_config._attn_implementation, embeds.dtype))
 
         # 3. The layers, then back to sequence order.
-        states = self.language_model(
+        normed, states = self.language_model(
             und,
             gen,
             position_ids,
             detach_understanding=detach_understanding,
+            output_hidden_states=bool(output_hidden_states),
             caches=caches,
             masks=masks,
             use_cache=bool(use_cache),
@@ -722,9 +732,9 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             return state[0] if sequence_order is None else take(torch.cat(state, dim=1), sequence_order)
 
         return SynerMedGenModelOutput(
-            last_hidden_state=in_order(states[-1]),
+            last_hidden_state=in_order(normed),
             past_key_values=past_key_values,
-            hidden_states=tuple(in_order(state) for state in states[:-1]) if output_hidden_states else None,
+            hidden_states=tuple(map(in_order, states)) if output_hidden_states else None,
         )
 
 
@@ -843,18 +853,21 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
 
         velocity, loss_mse = None, None
         is_target = input_ids == self.config.target_token_id
+        if velocity_labels is not None:
+            check_count("velocity_labels", velocity_labels, int(is_target.sum()), "target tokens in `input_ids`")
         if is_target.any():
             velocity = self.llm2vae(hidden_states[is_target])
             if velocity_labels is not None:
-                check_count("velocity_labels", velocity_labels, len(velocity), "target tokens in `input_ids`")
                 loss_mse = nn.functional.mse_loss(velocity.float(), velocity_labels.float())
 
         logits, loss_ce = None, None
         if labels is not None or velocity is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
-            if labels is not None:
+            if labels is not None and (labels[:, 1:] != -100).any():
                 loss_ce = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
+            elif labels is not None:
+                loss_ce = 0 * logits.float().sum()  # a batch without an answer teaches nothing, rather than NaN
 
         losses = [loss for loss in (loss_ce, loss_mse) if loss is not None]
         return SynerMedGenOutput(

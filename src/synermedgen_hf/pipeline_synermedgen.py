@@ -9,12 +9,14 @@ images); these branches, and all slices of a batch, run as one batch.
 
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput, logging
+from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
@@ -40,7 +42,9 @@ class SynerMedGenPipelineOutput(BaseOutput):
     Args:
         images (`list`): One per input and repetition, in that order: PIL images, float32 arrays or tensors in scanner
             units on the input's grid; for `output_type="latent"` scaled latents `(channels, h, w)`.
-        records (`list[dict]`): What each image is: route, unit, window, seed, steps, guidance.
+        records (`list[dict]`): What each image is: route, region, unit, window, seed (`None` where the caller gave a
+            generator), model_size (rows and columns at which it was made, before it was put on the input's grid), steps
+            and guidance.
     """
 
     images: list
@@ -54,12 +58,10 @@ class Context:
 
     Args:
         cache (`DynamicCache`): Keys and values, `(batch, heads, length, head_dim)` a layer; empty for no context.
-        length (`int`): Cached tokens.
         position (`torch.LongTensor` of shape `(batch,)`): Rotary position of the target block.
     """
 
     cache: DynamicCache
-    length: int
     position: torch.LongTensor
 
     def map(self, change) -> DynamicCache:
@@ -72,12 +74,12 @@ class Context:
     def shortened(self, length: int, position: int) -> "Context":
         """Only the first `length` tokens: what stood in the cache before the rest was prefilled."""
         cache = self.map(lambda tensor: tensor[:, :, :length])
-        return Context(cache, length, torch.full_like(self.position, position))
+        return Context(cache, torch.full_like(self.position, position))
 
     def repeat(self, times: int) -> "Context":
         """Every row `times` times in a row."""
         cache = self.map(lambda tensor: tensor.repeat_interleave(times, 0))
-        return Context(cache, self.length, self.position.repeat_interleave(times))
+        return Context(cache, self.position.repeat_interleave(times))
 
 
 def guide_velocity(
@@ -125,10 +127,15 @@ def guide_velocity(
     return rescaled(guided, (-2, -1) if rescale == "global" else -1)
 
 
+def is_pair(value) -> bool:
+    """Whether a value is two real numbers."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, Real) for one in value)
+
+
 def own_window(image) -> tuple[float, float] | None:
     """The range of an array in scanner units whose modality is not known; `None` for a picture."""
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
-        return None
+    if isinstance(image, Image.Image) and image.mode != "F":
+        return None  # perhaps in colour, which is welcome where nothing is synthesised
     array, is_picture = load_slice(image)
     low, high = float(array.min()), float(array.max())
     return None if is_picture else (low, high if low < high else low + 1)
@@ -162,15 +169,42 @@ class SynerMedGenPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(model=model, processor=processor, vae=vae, scheduler=scheduler)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if processor is not None:
+            self.check_components()
+
+    def check_components(self):
+        """Raise a `ValueError` if the image processor makes other grids than the model and the VAE expect."""
+        config, image_processor = self.model.config, self.processor.image_processor
+        wanted = {
+            "latent_stride": self.vae_scale_factor * config.latent_patch_size,
+            "latent_max_per_side": config.max_latent_size,
+            "vit_patch_size": config.vision_config.patch_size,
+            "vit_max_patches_per_side": config.vision_patches_per_side,
+        }
+        wrong = {
+            name: getattr(image_processor, name) for name in wanted if getattr(image_processor, name) != wanted[name]
+        }
+        if wrong:
+            raise ValueError(
+                f"The image processor does not fit the model and its VAE: it has {wrong}, they need "
+                f"{ {name: wanted[name] for name in wrong} }."
+            )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, dtype: torch.dtype = torch.float32, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
         r"""
         Load the four components from their subfolders.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository.
-            dtype (`torch.dtype`, defaults to `torch.float32`): Of model and VAE.
+            dtype (`torch.dtype`, defaults to `torch.float32`): Of model and VAE, as transformers calls it.
+            torch_dtype (`torch.dtype`, *optional*): The same, as diffusers calls it.
             kwargs: Passed to each component's `from_pretrained` (`revision`, `cache_dir`, `token`, `device_map`, ...);
                 a component given by name (`vae=...`) replaces the stored one.
         """
@@ -180,10 +214,13 @@ class SynerMedGenPipeline(DiffusionPipeline):
             if kwargs.get(name) is not None
         }
         path = pretrained_model_name_or_path
+        dtype = dtype or torch_dtype or torch.float32
         if "model" not in components:
             components["model"] = AutoModel.from_pretrained(path, subfolder="model", dtype=dtype, **kwargs)
         if "vae" not in components:
             components["vae"] = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **kwargs)
+            # Or it would be saved, and published, with the path it was loaded from.
+            components["vae"].register_to_config(_name_or_path="")
         kwargs.pop("device_map", None)
         if "processor" not in components:
             components["processor"] = AutoProcessor.from_pretrained(path, subfolder="processor", **kwargs)
@@ -208,6 +245,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
         self,
         target,
         region,
+        prompt,
         num_inference_steps,
         guidance_scale,
         image_guidance_scale,
@@ -218,7 +256,8 @@ class SynerMedGenPipeline(DiffusionPipeline):
         num_images_per_prompt,
         output_type,
     ):
-        if target not in MODALITY_NAMES:
+        """Raise a `ValueError` for an argument of [`~SynerMedGenPipeline.__call__`] that cannot be used."""
+        if not isinstance(target, str) or target not in MODALITY_NAMES:
             raise ValueError(f"Unknown target {target!r}. Choose one of {', '.join(MODALITY_NAMES)}.")
         regions = sorted({name.split("/")[0] for name in self.model.config.trained_routes})
         if region is not None and regions and region not in regions:
@@ -231,10 +270,11 @@ class SynerMedGenPipeline(DiffusionPipeline):
         for name, scale in scales.items():
             if not isinstance(scale, Real) or not 0 <= scale < float("inf"):
                 raise ValueError(f"{name} must be a number of at least 0 (up to 1 means no guidance), got {scale!r}.")
-        low, high = guidance_interval
-        if not 0 <= low < high <= 1:
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"prompt must be one text for all cases, got {type(prompt).__name__}.")
+        if not is_pair(guidance_interval) or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
             raise ValueError(
-                f"guidance_interval must be (low, high) with 0 <= low < high <= 1, got {tuple(guidance_interval)}. "
+                f"guidance_interval must be (low, high) with 0 <= low < high <= 1, got {guidance_interval!r}. "
                 "Guidance acts while low < timestep <= high; 1 is pure noise, 0 the finished image."
             )
         if guidance_rescale not in RESCALE_MODES:
@@ -243,18 +283,18 @@ class SynerMedGenPipeline(DiffusionPipeline):
             )
         if not 0 <= guidance_rescale_min <= 1:
             raise ValueError(f"guidance_rescale_min must be within [0, 1], got {guidance_rescale_min}.")
-        if timestep_shift is not None and timestep_shift <= 0:
+        if timestep_shift is not None and not 0 < timestep_shift < float("inf"):
             raise ValueError(f"timestep_shift must be positive, got {timestep_shift}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"Unknown output_type {output_type!r}. Choose 'pil', 'np', 'pt' or 'latent'.")
 
     def check_route(self, sources: list[str], target: str, region: str | None):
-        """Refuse, by name, what the checkpoint was not trained for."""
+        """Raise a `ValueError` for a route, by name, that the checkpoint was not trained for."""
         if target in sources:
             raise ValueError(f"Target and source are both {target}: there is nothing to synthesise.")
         routes = self.model.config.trained_routes
         for source in sources:
-            if source not in MODALITY_NAMES:
+            if not isinstance(source, str) or source not in MODALITY_NAMES:
                 raise ValueError(f"Unknown source {source!r}. Choose one of {', '.join(MODALITY_NAMES)}.")
             known = [name for name in routes if name.split("/")[1] == f"{source}-{target}"]
             if routes and not [name for name in known if region is None or name.split("/")[0] == region]:
@@ -266,6 +306,11 @@ class SynerMedGenPipeline(DiffusionPipeline):
 
     def read_cases(self, image, source: str | None) -> list[dict[str, Any]]:
         """Any accepted form of `image` as a list of cases `{modality or None: image}`."""
+        if source is not None and not isinstance(source, str):
+            raise ValueError(
+                f"Unknown source {source!r}: it names one modality. For several pass a dict of images, "
+                '{"T1": ..., "T2": ...}.'
+            )
         batch = list(image) if isinstance(image, (list, tuple)) else [image]
         if not batch:
             raise ValueError("Got an empty list of images.")
@@ -294,12 +339,27 @@ class SynerMedGenPipeline(DiffusionPipeline):
                     )
         return batch
 
+    def read_windows(self, window, cases: list[dict]) -> list[dict[str, tuple[float, float] | None]]:
+        """Any accepted form of `window` as one `{modality: (low, high) or None}` per case."""
+        per_case = window if isinstance(window, list) and not is_pair(window) else [window] * len(cases)
+        if len(per_case) != len(cases):
+            raise ValueError(f"Got {len(per_case)} windows for {len(cases)} cases.")
+        windows = []
+        for case, own in zip(cases, per_case, strict=True):
+            by_modality = own if isinstance(own, dict) else dict.fromkeys(case, own)
+            for name, pair in by_modality.items():
+                if name not in case:
+                    raise ValueError(f"Got a window for {name}, but the case holds {', '.join(case)}.")
+                if pair is not None and not (is_pair(pair) and pair[0] < pair[1]):
+                    raise ValueError(f"The window of {name} must be (low, high) with low < high, got {pair!r}.")
+            windows.append({name: by_modality.get(name) for name in case})
+        return windows
+
     # 2. Context -------------------------------------------------------------------------------------------------------
 
     def prefill(
         self,
         sequences: list[BlockSequence],
-        next_position: int,
         images: list[tuple[torch.Tensor, tuple[int, int]]] = (),
         latents: list[tuple[torch.Tensor, tuple[int, int]]] = (),
     ) -> Context:
@@ -308,18 +368,17 @@ class SynerMedGenPipeline(DiffusionPipeline):
 
         Args:
             sequences (`list[BlockSequence]`): One per row, of equal length.
-            next_position (`int`): Rotary position of what follows.
             images (`list` of `(patches, grid_hw)`): ViT patches of all images, in the order of rows and blocks.
             latents (`list` of `(tokens, grid_hw)`): Clean latent tokens of all images, in the same order.
 
         Returns:
             [`Context`]
         """
-        device = self.model.device
+        device = self._execution_device
         input_ids = torch.tensor([sequence.input_ids for sequence in sequences], dtype=torch.long, device=device)
-        position = torch.full((len(sequences),), next_position, device=device)
+        position = torch.tensor([sequence.next_position for sequence in sequences], device=device)
         if input_ids.shape[1] == 0:
-            return Context(DynamicCache(), 0, position)
+            return Context(DynamicCache(), position)
         inputs = {}
         if images:
             inputs["pixel_values"] = torch.cat([patches for patches, _ in images]).to(device)
@@ -335,7 +394,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
             logits_to_keep=1,
             **inputs,
         )
-        return Context(outputs.past_key_values, input_ids.shape[1], position)
+        return Context(outputs.past_key_values, position)
 
     def make_contexts(
         self,
@@ -359,19 +418,18 @@ class SynerMedGenPipeline(DiffusionPipeline):
         for source in cases[0]:
             blocks += [ImageBlock("latent", latent_grid), ImageBlock("image", source.vit_grid)]
         sequence = build_sequence(config, [*blocks, text])
-        text_length = len(text.ids) + 2
         full = self.prefill(
             [sequence] * len(cases),
-            len(blocks) + text_length,
             [(source.vit_patches, source.vit_grid) for case in cases for source in case],
             [(tokens, latent_grid) for case in latents for tokens in case],
         )
         no_text = no_image = None
         if guidance_scale > 1:
             # Images never see the text that follows them, so "without text" is the same cache cut before the text.
-            no_text = full.shortened(full.length - text_length, len(blocks))
+            images = build_sequence(config, blocks)
+            no_text = full.shortened(len(images.input_ids), images.next_position)
             if image_guidance_scale > 1:
-                no_image = self.prefill([build_sequence(config, [text])], text_length).repeat(len(cases))
+                no_image = self.prefill([build_sequence(config, [text])]).repeat(len(cases))
         return full, no_text, no_image
 
     def latent_grid(self, source: SliceInputs) -> tuple[int, int]:
@@ -387,13 +445,13 @@ class SynerMedGenPipeline(DiffusionPipeline):
             pixels (`torch.Tensor` of shape `(n, 3, height, width)`): In [-1, 1].
             noise (`torch.Tensor` of shape `(n, latent_channels, h, w)`): Standard normal.
         """
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist
         sample = posterior.mean + posterior.std * noise.to(posterior.mean)
         return (sample - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents `(n, latent_channels, h, w)` to images `(n, 3, height, width)`, about [-1, 1], float32."""
-        latents = latents.to(self.vae.device, self.vae.dtype)
+        latents = latents.to(self._execution_device, self.vae.dtype)
         return self.vae.decode(latents / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample.float()
 
     # 3. Denoising -----------------------------------------------------------------------------------------------------
@@ -413,7 +471,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
         Returns:
             `list[torch.Tensor]`, one per context, of the shape of `tokens`, float32: `noise - data`.
         """
-        rows, device = len(tokens) * len(contexts), self.model.device
+        rows, device = len(tokens) * len(contexts), self._execution_device
         target = build_sequence(self.model.config, [ImageBlock("target", grid_hw)])
         input_ids = torch.tensor([target.input_ids], device=device).expand(rows, -1)
         outputs = self.model(
@@ -455,11 +513,13 @@ class SynerMedGenPipeline(DiffusionPipeline):
         """
         self.scheduler.set_shift(self.scheduler.config.shift if timestep_shift is None else timestep_shift)
         # n steps are n evaluations at the points of linspace(1, 0, n + 1) but its last; the scheduler shifts them.
-        self.scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=self.model.device)
+        self.scheduler.set_timesteps(
+            sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=self._execution_device
+        )
         branches = [full]
         if guidance_scale > 1:
             branches += [no_text, no_image] if image_guidance_scale > 1 else [no_text]
-        tokens = tokens.float().to(self.model.device)
+        tokens = tokens.float().to(self._execution_device)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 # A float32 scalar: compared in float32, so that 0.4 is not above a lower end of 0.4.
@@ -473,7 +533,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
                     (velocity,) = self.velocity(tokens, sigma, [full], grid_hw)
                 tokens = self.scheduler.step(velocity, timestep, tokens).prev_sample
                 if callback_on_step_end is not None:
-                    changed = callback_on_step_end(self, step, timestep, {"latents": tokens}) or {}
+                    changed = callback_on_step_end(self, step, float(sigma), {"latents": tokens}) or {}
                     tokens = changed.get("latents", tokens)
                 progress.update()
         return tokens
@@ -498,7 +558,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
         seed: int | list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1,
-        window: tuple[float, float] | None = None,
+        window: tuple[float, float] | dict | list | None = None,
         output_type: str = "pil",
         callback_on_step_end=None,
         return_dict: bool = True,
@@ -533,19 +593,21 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 Spends more steps near the noise the larger it is; the scheduler's by default.
             seed (`int` or `list[int]`, *optional*):
                 Randomness belongs to the case: with one seed every case of a batch gives what it would give alone;
-                repetition `j` of a case uses `seed + j`. A list holds one seed per case.
+                repetition `j` of a case is what `seed + j` gives. A list holds one seed per case.
             generator (`torch.Generator` or `list`, *optional*):
                 Instead of `seed`: one for the whole batch, or one per case.
             num_images_per_prompt (`int`, defaults to 1):
                 Repetitions of each case.
-            window (`tuple[float, float]`, *optional*):
-                `(low, high)` of the source in scanner units instead of its own window, e.g. a whole MR volume's.
+            window (`tuple[float, float]`, `dict` or `list` of those, *optional*):
+                `(low, high)` of the source in scanner units instead of the slice's own window: an MR slice should be
+                given the window of its volume. A dict holds one per modality, a list one entry per case.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"` 8-bit pictures over the target's window; `"np"` / `"pt"` float32 in the target's units; both on
                 the grid of the input. `"latent"`: the scaled latents, `(channels, h, w)`.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `f(pipe, step, timestep, {"latents": tokens})`; may return a dict with changed `latents`,
-                `(batch, tokens, latent_token_dim)`.
+                Called as `f(pipe, step, timestep, {"latents": tokens})` with the timestep in (0, 1]; may return a dict
+                with changed `latents`, `(batch, tokens, latent_token_dim)`. Cases on another grid are a batch of their
+                own and start again at step 0.
             return_dict (`bool`, defaults to `True`):
                 Return a [`SynerMedGenPipelineOutput`] rather than a tuple.
 
@@ -566,6 +628,7 @@ class SynerMedGenPipeline(DiffusionPipeline):
         self.check_inputs(
             target,
             region,
+            prompt,
             num_inference_steps,
             guidance_scale,
             image_guidance_scale,
@@ -588,9 +651,10 @@ class SynerMedGenPipeline(DiffusionPipeline):
             cases = [{self.identify(case[None])["modality"]: case[None]} for case in cases]
         for case in cases:
             self.check_route(list(case), target, region)
+        windows = self.read_windows(window, cases)
         inputs = [
-            [self.processor.image_processor.preprocess_slice(item, name, window) for name, item in case.items()]
-            for case in cases
+            [self.processor.image_processor.preprocess_slice(item, name, own[name]) for name, item in case.items()]
+            for case, own in zip(cases, windows, strict=True)
         ]
         self.check_grids(cases, inputs)
 
@@ -603,9 +667,9 @@ class SynerMedGenPipeline(DiffusionPipeline):
         record = self.processor.image_processor.target_record(target)
         for (names, _), members in groups.items():
             latents = self.synthesise_batch(
-                [inputs[number] for number in members],
-                prompt or make_instruction(list(names), target, region),
-                [generators[number] for number in members],
+                [inputs[number] for number in members for _ in range(num_images_per_prompt)],
+                make_instruction(list(names), target, region) if prompt is None else prompt,
+                [one for number in members for one in generators[number]],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 image_guidance_scale=image_guidance_scale,
@@ -631,36 +695,44 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 "region": region,
                 "unit": record["unit"],
                 "window": [record["low"], record["high"]],
-                "seed": one.initial_seed(),
+                "seed": None if generator is not None else one.initial_seed(),
+                "model_size": list(sources[0].vae_pixels.shape[1:]),
                 "num_inference_steps": num_inference_steps,
                 "guidance_scale": guidance_scale,
                 "image_guidance_scale": image_guidance_scale,
             }
-            for case, own in zip(cases, generators, strict=True)
+            for case, sources, own in zip(cases, inputs, generators, strict=True)
             for one in own
         ]
         self.maybe_free_model_hooks()
         return SynerMedGenPipelineOutput(images, records) if return_dict else (images, records)
 
     def make_generators(self, seed, generator, n_cases: int, repetitions: int) -> list[list[torch.Generator]]:
-        """One generator per case and repetition."""
+        """
+        One generator per case and repetition. Raises a `ValueError` for seeds or generators that do not fit the cases.
+        """
         if seed is not None and generator is not None:
             raise ValueError("Pass either seed or generator, not both.")
         if generator is not None:
             per_case = list(generator) if isinstance(generator, (list, tuple)) else [generator] * n_cases
+            if not all(isinstance(one, torch.Generator) for one in per_case):
+                raise ValueError("generator must be a torch.Generator, or a list with one per case.")
             if len(per_case) != n_cases:
                 raise ValueError(f"Got {len(per_case)} generators for {n_cases} cases.")
             return [[one] * repetitions for one in per_case]
         if seed is None:
             seed = [int(torch.randint(2**31, (1,))) for _ in range(n_cases)]
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * n_cases
+        if not all(isinstance(one, Integral) for one in seeds):
+            raise ValueError(f"seed must be a whole number, or a list with one per case, got {seed!r}.")
         if len(seeds) != n_cases:
             raise ValueError(f"Got {len(seeds)} seeds for {n_cases} cases.")
-        return [[torch.Generator().manual_seed(one + repetition) for repetition in range(repetitions)] for one in seeds]
+        return [
+            [torch.Generator().manual_seed(int(one) + repetition) for repetition in range(repetitions)] for one in seeds
+        ]
 
     def check_grids(self, cases: list[dict], inputs: list[list[SliceInputs]]):
-        """Every source of a case lies on one grid, and its latents fit the table of positions."""
-        table = self.model.config.max_latent_size
+        """Raise a `ValueError` if the sources of a case lie on different grids."""
         for case, sources in zip(cases, inputs, strict=True):
             grids = {(source.geometry["height"], source.geometry["width"]) for source in sources}
             if len(grids) > 1:
@@ -668,45 +740,43 @@ class SynerMedGenPipeline(DiffusionPipeline):
                     f"The images of one case lie on different grids: {sorted(grids)} for {', '.join(map(str, case))}. "
                     "Resample them to one grid first."
                 )
-            rows, columns = self.latent_grid(sources[0])
-            if max(rows, columns) > table:
-                raise ValueError(
-                    f"The image makes {rows}x{columns} latent tokens, but this checkpoint's table of positions is "
-                    f"{table}x{table}. Lower the image processor's vae_size['max_size']."
-                )
 
     def synthesise_batch(
-        self, cases: list[list[SliceInputs]], instruction: str, generators: list[list[torch.Generator]], **sampling
+        self, cases: list[list[SliceInputs]], instruction: str, generators: list[torch.Generator], **sampling
     ) -> torch.Tensor:
-        """Cases on one grid with one instruction as one batch: latents `(cases * repetitions, channels, h, w)`."""
+        """
+        Cases on one grid with one instruction, as one batch.
+
+        Args:
+            cases (`list[list[SliceInputs]]`): Sources of each case.
+            instruction (`str`): What to make.
+            generators (`list[torch.Generator]`): One per case.
+            sampling: As in [`~SynerMedGenPipeline.denoise`].
+
+        Returns:
+            `torch.Tensor` of shape `(cases, channels, h, w)`: scaled latents.
+        """
         config = self.model.config
         rows, columns = grid = self.latent_grid(cases[0][0])
         patch = config.latent_patch_size
         shape = (config.latent_channels, rows * patch, columns * patch)
         encoder_noise, noise = [], []
-        for sources, own in zip(cases, generators, strict=True):
-            for repetition, generator in enumerate(own):
-                # A case draws the noise of its encoder first, then its own: the same alone and in any batch.
-                drawn = [torch.randn(shape, generator=generator, device=generator.device) for _ in sources]
-                if repetition == 0:
-                    encoder_noise += drawn
-                size = (rows * columns, config.latent_token_dim)
-                noise.append(torch.randn(size, generator=generator, device=generator.device))
+        for sources, generator in zip(cases, generators, strict=True):
+            # A case draws the noise of its encoder first, then its own: the same alone and in any batch.
+            where = {"generator": generator, "device": generator.device}
+            encoder_noise += [torch.randn(shape, **where) for _ in sources]
+            noise.append(torch.randn(rows * columns, config.latent_token_dim, **where))
         pixels = torch.stack([source.vae_pixels for sources in cases for source in sources])
         encoded = self.encode_latents(pixels, torch.stack(encoder_noise))
         tokens = [patchify(latent, patch) for latent in encoded]
         n_sources = len(cases[0])
-        latents = [tokens[start : start + n_sources] for start in range(0, len(tokens), n_sources)]
         contexts = self.make_contexts(
             cases,
-            latents,
+            [tokens[start : start + n_sources] for start in range(0, len(tokens), n_sources)],
             self.processor.text_block(instruction),
             sampling["guidance_scale"],
             sampling["image_guidance_scale"],
         )
-        repetitions = len(generators[0])
-        if repetitions > 1:
-            contexts = [None if context is None else context.repeat(repetitions) for context in contexts]
         made = self.denoise(torch.stack(noise), grid, *contexts, **sampling)
         return torch.stack([unpatchify(one, grid, patch) for one in made])
 
@@ -779,8 +849,10 @@ class SynerMedGenPipeline(DiffusionPipeline):
             {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]}
         ]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        fetch = self.processor.image_processor.fetch_images
+        images = [fetch(image) if isinstance(image, (str, Path)) else image for image in images]
         windows = [own_window(image) for image in images]
-        return self.processor(text=text, images=list(images), window=windows, return_tensors="pt").to(self.model.device)
+        return self.processor(text=text, images=images, window=windows, return_tensors="pt").to(self._execution_device)
 
     def score_answers(self, images: list, question: str, answers: list[str]) -> torch.Tensor:
         """Log-likelihood of each answer, `(answers,)`."""
@@ -788,13 +860,13 @@ class SynerMedGenPipeline(DiffusionPipeline):
         scores = []
         for answer in answers:
             ids = [*self.processor.text_block(answer).ids, self.model.config.eos_token_id]
-            ids = torch.tensor([ids], device=self.model.device)
+            ids = torch.tensor([ids], device=self._execution_device)
             whole = torch.cat([inputs["input_ids"], ids], dim=1)
             logits = self.model(
                 **{**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)},
                 logits_to_keep=ids.shape[1] + 1,
             ).logits[:, :-1]
-            scores.append(logits.log_softmax(-1).gather(2, ids[..., None]).sum())
+            scores.append(logits.float().log_softmax(-1).gather(2, ids[..., None]).sum())
         return torch.stack(scores)
 
 

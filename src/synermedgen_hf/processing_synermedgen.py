@@ -115,6 +115,8 @@ class BlockSequence:
             The kinds of the blocks kept, in order; texts are `"text"`.
         lengths (`list[int]`):
             Their lengths in tokens, delimiters included.
+        next_position (`int`):
+            Rotary position of whatever follows.
     """
 
     input_ids: list[int]
@@ -122,6 +124,7 @@ class BlockSequence:
     labels: list[int]
     kinds: list[str]
     lengths: list[int]
+    next_position: int = 0
 
 
 def build_sequence(tokens, blocks: list[TextBlock | ImageBlock]) -> BlockSequence:
@@ -162,6 +165,7 @@ def build_sequence(tokens, blocks: list[TextBlock | ImageBlock]) -> BlockSequenc
         sequence.labels += labels
         sequence.kinds.append("text" if is_text else block.kind)
         sequence.lengths.append(len(ids))
+    sequence.next_position = position
     return sequence
 
 

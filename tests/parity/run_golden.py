@@ -134,10 +134,6 @@ class Golden:
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
-    def numbered(self, prefix: str) -> list[torch.Tensor]:
-        """`prefix.0`, `prefix.1`, ..."""
-        return [self.tensors[f"{prefix}.{i}"] for i in range(sum(f"{prefix}." in name for name in self.tensors))]
-
     def vit_input(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         return patchify(image, self.vit_patch), (image.shape[1] // self.vit_patch, image.shape[2] // self.vit_patch)
 
@@ -160,9 +156,8 @@ class Golden:
                 latents.append(self.latent_tokens(self[item["latent"]]))
                 blocks.append(ImageBlock("latent", latents[-1][1]))
         sequence = build_sequence(self.config, blocks)
-        next_position = sum(len(block.ids) + 2 if isinstance(block, TextBlock) else 1 for block in blocks)
         if not block_by_block:
-            return self.pipe.prefill([sequence], next_position, images, latents)
+            return self.pipe.prefill([sequence], images, latents)
         cache, start, hidden = None, 0, []
         images, latents = iter(images), iter(latents)
         for kind, length in zip(sequence.kinds, sequence.lengths, strict=True):
@@ -182,7 +177,7 @@ class Golden:
             )
             cache, start = outputs.past_key_values, start + length
             hidden.append(outputs.last_hidden_state[0])
-        context = Context(cache, start, torch.tensor([next_position]))
+        context = Context(cache, torch.tensor([sequence.next_position]))
         return context, torch.cat(hidden), sequence
 
 
@@ -235,7 +230,7 @@ def understanding(golden: Golden) -> Iterator[Result]:
     yield same("und.read_layout", read_layout(golden.config, ids[None]).positions[0], golden["und.position_ids"])
     yield same(
         "und.state",
-        [context.length, int(context.position)],
+        [context.cache.get_seq_length(), int(context.position)],
         [golden.cases["und"][key] for key in ("kv_len", "next_rope")],
     )
     yield close("und.cached.final_hidden", hidden, golden["und.cached.final_hidden"])
@@ -325,7 +320,7 @@ def velocities(golden: Golden) -> Iterator[Result]:
         yield same(f"gen.vae_position_ids.{index}", ids, golden[f"gen.vae_position_ids.{index}"])
     yield from cache_results("gen.cache", golden, contexts["ctx"])
     for name, key in (("ctx", "gen"), ("cfg_text", "cfg_text"), ("cfg_img", "cfg_img")):
-        state = [contexts[name].length, int(contexts[name].position)]
+        state = [contexts[name].cache.get_seq_length(), int(contexts[name].position)]
         yield same(f"gen.state.{name}", state, [case[key]["kv_len"], case[key]["rope"]])
     block_by_block = golden.prefill(case["plan"], block_by_block=True)[0]
     yield from (
@@ -426,19 +421,18 @@ def end_to_end(golden: Golden) -> Iterator[Result]:
     patches, vit_grid = golden.vit_input(vit_input)
     prompt = TextBlock(case["prompt_ids"])
     vision = [ImageBlock("latent", grid), ImageBlock("image", vit_grid)]
-    n_text = len(prompt.ids) + 2
 
-    def prefill(blocks, next_position, with_images):
+    def prefill(blocks, with_images):
         sequence = [build_sequence(golden.config, blocks)]
         inputs = ([(patches, vit_grid)], [(tokens, grid)]) if with_images else ()
-        return golden.pipe.prefill(sequence, next_position, *inputs)
+        return golden.pipe.prefill(sequence, *inputs)
 
     _, _, final = sample(
         golden,
         case["edit"],
-        prefill([*vision, prompt], 2 + n_text, True),
-        prefill(vision, 2, True),
-        prefill([prompt], n_text, False),
+        prefill([*vision, prompt], True),
+        prefill(vision, True),
+        prefill([prompt], False),
         golden["e2e.init_noise"],
         grid,
     )
