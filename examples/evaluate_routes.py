@@ -55,24 +55,23 @@ def main(args):
         mine = [
             case for case in cases if case.region == route.region and {route.source, route.target} <= case.images.keys()
         ]
-        sources, pictures, wanted = [], [], []
+        sources, windows, pictures, wanted = [], [], [], []
         for case in mine:
             window = codec.intensity_window(case.images[route.source], route.source)
             target_window = codec.intensity_window(case.images[route.target], route.target)
             for source, target in zip(case.images[route.source], case.images[route.target], strict=True):
-                # On the codec's scale, so that MR volumes of any scale can be given as one batch.
+                sources.append(source)
+                windows.append(window)
                 pictures.append(codec.encode_intensity(source, route.source, window)[0])
                 wanted.append(codec.encode_intensity(target, route.target, target_window)[0])
-                sources.append(codec.decode_intensity(pictures[-1], codec.target_record(route.source)))
         record = codec.target_record(route.target)
-        source_record = codec.target_record(route.source)
         made = pipe(
             sources,
             target=route.target,
             source=route.source,
             region=route.region,
             seed=args.seed,
-            window=(source_record["low"], source_record["high"]),
+            window=windows,
             output_type="np",
             **options,
         ).images
