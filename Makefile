@@ -5,8 +5,8 @@
 # with whatever versions it has.
 #
 # torch: one that is already in the environment stays. Otherwise the pinned version is installed before everything else.
-# On Linux the default build of torch brings CUDA along, several GB; for the small CPU build name PyTorch's own CPU
-# index: make demo TORCH="torch==2.13.0 --index-url <address from pytorch.org>"
+# On Linux the default build of torch brings CUDA along, several GB. For the small CPU build pass the arguments that
+# PyTorch's own installation page gives for pip: make demo TORCH="torch==2.13.0 ..."
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 TORCH ?= $(shell grep '^torch==' constraints.txt)
