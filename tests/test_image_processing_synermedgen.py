@@ -351,3 +351,28 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert loaded.intensity["PET"]["high"] == 10.0 and loaded.pad_to_square is False
     assert SynerMedGenImageProcessor().intensity["PET"]["high"] == 20.0
     assert SynerMedGenImageProcessor.from_pretrained(tmp_path, pad_to_square=True).pad_to_square is True
+
+
+# ---- intensities that are most likely not in scanner units are said ----
+
+
+def test_a_normalised_mr_is_said(processor, caplog):
+    processor.preprocess_slice(np.linspace(-1.7, 1.9, 1024, dtype=np.float32).reshape(32, 32), "T1")
+    assert "47% of a T1 slice lies below 0 and is clipped: it looks normalised" in caplog.text
+
+
+def test_pet_in_becquerel_is_said(processor, caplog):
+    processor.preprocess_slice(np.linspace(0, 20_000, 1024, dtype=np.float32).reshape(32, 32), "PET")
+    assert "of a PET slice lies above 20 SUV and is clipped" in caplog.text
+
+
+def test_twelve_bits_of_ct_in_a_sixteen_bit_picture_are_said(processor, caplog):
+    levels = np.linspace(0, 4001, 1024).astype(np.uint16).reshape(32, 32)
+    processor.preprocess_slice(Image.fromarray(levels), "CT")
+    assert "A 16-bit CT picture ends at level 4001 of 65535" in caplog.text
+
+
+def test_ordinary_scans_are_not_complained_of(processor, caplog):
+    for modality, low, high in (("CT", -1024, 3071), ("PET", 0, 15), ("T2", 0, 800)):
+        processor.preprocess_slice(np.linspace(low, high, 1024, dtype=np.float32).reshape(32, 32), modality)
+    assert caplog.text == ""
