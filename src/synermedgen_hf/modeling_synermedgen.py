@@ -103,7 +103,6 @@ class SequenceLayout:
         is_target (`torch.BoolTensor`): Noised latent tokens.
         is_noise (`torch.BoolTensor`): The target's whole block, delimiters included.
         positions (`torch.LongTensor`): Rotary positions, from 0.
-        next_position (`torch.LongTensor` of shape `(batch,)`): Position of whatever follows.
     """
 
     block: torch.LongTensor
@@ -111,7 +110,6 @@ class SequenceLayout:
     is_target: torch.BoolTensor
     is_noise: torch.BoolTensor
     positions: torch.LongTensor
-    next_position: torch.LongTensor
 
 
 def read_layout(config: SynerMedGenConfig, input_ids: torch.LongTensor, attention_mask=None) -> SequenceLayout:
@@ -148,7 +146,7 @@ def read_layout(config: SynerMedGenConfig, input_ids: torch.LongTensor, attentio
     if attention_mask is not None:
         step = step * (attention_mask != 0)
     positions = step.cumsum(1) - step
-    return SequenceLayout(block, is_latent, is_target, is_noise, positions, step.sum(1))
+    return SequenceLayout(block, is_latent, is_target, is_noise, positions)
 
 
 def allowed_attention(
