@@ -224,11 +224,16 @@ def test_a_16_bit_png_keeps_all_its_levels(processor, tmp_path):
     assert len(np.unique(processor(str(tmp_path / "slice.png"))["pixel_values"])) > 50_000
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "I", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I", "CMYK"])
 def test_grey_pictures_of_any_mode(mode):
     grey = Image.fromarray(np.tile(np.uint8([0, 255]), (16, 8)))
     array, is_picture = load_slice(grey.convert(mode))
     assert is_picture and array.shape == (16, 16) and np.array_equal(array.astype(np.uint8), np.asarray(grey))
+
+
+def test_a_black_and_white_picture_is_a_mask():
+    with pytest.raises(ValueError, match="black-and-white picture: that is a mask"):
+        load_slice(Image.new("1", (16, 16)))
 
 
 def test_float_pictures_and_tensors_hold_scanner_units():

@@ -244,6 +244,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 def _grey_levels(picture: Image.Image) -> np.ndarray:
     """The levels of a grey picture: uint8, uint16 or (mode "F") float32. No conversion that would lose any."""
+    if picture.mode == "1":
+        raise ValueError("Got a black-and-white picture: that is a mask, not a slice. Pass the intensities themselves.")
     if picture.mode.startswith("I;16"):
         return np.asarray(picture).astype(np.uint16)
     if picture.mode == "I":  # how some readers hand out 16-bit files
