@@ -203,6 +203,11 @@ def make_batch(pairs: LatentPairs, pipe: SynerMedGenPipeline, args, step: int, p
 
 def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if (args.output_dir / "log.jsonl").exists() and not args.resume_from_checkpoint:
+        raise SystemExit(
+            f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or choose "
+            "another --output_dir."
+        )
     # With nothing frozen, some understanding parameters of the last layer never meet the flow loss.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -263,11 +268,8 @@ def main(args):
 
     start, losses = time.monotonic(), []
     if accelerator.is_main_process:
-        rows = read_log(args.output_dir / "log.jsonl", step)
-        start -= 60 * rows[-1]["minutes"] if rows else 0
-        log = open(args.output_dir / "log.jsonl", "w")
-        log.writelines(json.dumps(row) + "\n" for row in rows)
-        log.flush()
+        minutes, log = open_log(args.output_dir / "log.jsonl", step)
+        start -= 60 * minutes
     progress = tqdm(total=args.max_train_steps, initial=step, desc="flow", disable=not accelerator.is_main_process)
     while step < args.max_train_steps:
         for micro in range(args.gradient_accumulation_steps):
@@ -323,10 +325,17 @@ def main(args):
     accelerator.end_training()
 
 
-def read_log(path: Path, step: int) -> list[dict]:
-    """What was logged up to a step; an interrupted run may have logged more than it saved."""
+def open_log(path: Path, step: int):
+    """
+    The log, ready to go on after `step`, and the minutes trained until there. Rows beyond `step` are dropped: an
+    interrupted run may have logged more than it saved.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["step"] <= step]
+    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished.replace(path)
+    return rows[-1]["minutes"] if rows else 0, path.open("a")
 
 
 def prune_checkpoints(folder: Path, keep: int):

@@ -80,6 +80,11 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if (args.output_dir / "log.jsonl").exists() and not args.resume_from_checkpoint:
+        raise SystemExit(
+            f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or choose "
+            "another --output_dir."
+        )
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise SystemExit("This small autoencoder is trained by one process: run the script with python.")
@@ -124,7 +129,8 @@ def main(args):
         accelerator.load_state(folder)
         step = int(folder.name.split("-")[1])
 
-    start, log = time.monotonic(), open(args.output_dir / "log.jsonl", "a")
+    minutes, log = open_log(args.output_dir / "log.jsonl", step)
+    start = time.monotonic() - 60 * minutes
     progress = tqdm(total=args.max_train_steps, initial=step, desc="VAE")
     done = step >= args.max_train_steps
     while not done:
@@ -163,6 +169,19 @@ def main(args):
     (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
     logger.info("saved %s", args.output_dir / "vae")
     accelerator.end_training()
+
+
+def open_log(path: Path, step: int):
+    """
+    The log, ready to go on after `step`, and the minutes trained until there. Rows beyond `step` are dropped: an
+    interrupted run may have logged more than it saved.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished.replace(path)
+    return rows[-1]["minutes"] if rows else 0, path.open("a")
 
 
 @torch.no_grad()

@@ -95,6 +95,15 @@ def test_a_resumed_training_is_identical_to_an_uninterrupted_one(trained, work, 
     assert [row["loss_mse"] for row in log(trained)] == [row["loss_mse"] for row in log(work / "resumed")]
 
 
+@pytest.mark.parametrize("train", [train_vae, train_generation])
+def test_a_folder_that_holds_a_training_is_not_written_over(train, vae, trained, start, data):
+    folder, needed = (vae, []) if train is train_vae else (trained, [start])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="holds an earlier training.*--resume_from_checkpoint latest"):
+        train(folder, *needed, data, 4)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_resumed_log_holds_every_step_once(trained, work, start, data):
     train_generation(work / "logged", start, data, 2)
     with open(work / "logged" / "log.jsonl", "a") as file:

@@ -1,7 +1,7 @@
 """SynerMedGen for Hugging Face: understanding paired medical scans, and synthesising one modality from another.
 
-Importing this package is quick: torch, transformers and diffusers come in when a class is first used. The Auto classes
-of transformers know SynerMedGen from here on (`_auto.py`).
+Importing this package is quick: torch, transformers and diffusers come in when a class is first used (or at once, if
+Auto classes of transformers are loaded already). The Auto classes know SynerMedGen from here on (`_auto.py`).
 """
 
 from importlib import import_module

@@ -410,7 +410,9 @@ class SynerMedGenImageProcessor(PilBackend):
         """Any slice to [-1, 1]. Pictures: see `preprocess_slice`."""
         array, is_picture = load_slice(image)
         if not is_picture:
-            self._warn_of_a_wrong_scale(array, modality, window)
+            if modality is not None:
+                window = self.intensity_window(array, modality) if window is None else window
+                self._warn_of_a_wrong_scale(array, modality, window)
             return self.encode_intensity(array, modality, window)
         white = float(np.iinfo(array.dtype).max)
         if modality is not None and "high" in self._spec(modality):
@@ -427,11 +429,9 @@ class SynerMedGenImageProcessor(PilBackend):
         encoded, record = self.encode_intensity(array, modality, window)
         return encoded, {**record, "unit": "grey level"}
 
-    def _warn_of_a_wrong_scale(self, array: np.ndarray, modality: str | None, window: tuple[float, float] | None):
+    def _warn_of_a_wrong_scale(self, array: np.ndarray, modality: str, window: tuple[float, float]):
         """Say it where the window would throw away much of a slice: most likely its values are not in scanner units."""
-        if modality is None:
-            return
-        low, high = self.intensity_window(array, modality) if window is None else window
+        low, high = window
         below, above = (array < low).mean(), (array > high).mean()
         if "percentile" in self._spec(modality) and below > 0.05:
             logger.warning_once(
