@@ -80,6 +80,9 @@ class SynerMedGenConfig(PreTrainedConfig):
         trained_routes (`list[str]`):
             Names of the routes it was trained to synthesise, such as `"brain/MRI-CT"`; empty if unknown, in which
             case no route is refused.
+        missing_parts (`list[str]`):
+            Parts whose weights were never loaded or trained, of `"understanding"`, `"generation"`, `"vision"`; what
+            needs them is refused.
         notice (`str`, *optional*):
             What every user of this checkpoint must know; the pipeline says it when it loads.
         sampling (`dict`):
@@ -107,6 +110,7 @@ class SynerMedGenConfig(PreTrainedConfig):
     target_token_id: int = 151656
     trained_tasks: list[str] | None = None
     trained_routes: list[str] | None = None
+    missing_parts: list[str] | None = None
     notice: str | None = None
     sampling: dict | None = None
     tie_word_embeddings: bool = False
@@ -125,6 +129,7 @@ class SynerMedGenConfig(PreTrainedConfig):
             }
         self.trained_tasks = list(self.trained_tasks or [])
         self.trained_routes = list(self.trained_routes or [])
+        self.missing_parts = list(self.missing_parts or [])
         self.sampling = {
             "num_inference_steps": 49,
             "guidance_scale": 4.0,
@@ -143,5 +148,7 @@ class SynerMedGenConfig(PreTrainedConfig):
         """Side of the ViT's table of positions, in patches."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
+
+SynerMedGenConfig.register_for_auto_class()
 
 __all__ = ["SynerMedGenConfig", "SynerMedGenTextConfig"]

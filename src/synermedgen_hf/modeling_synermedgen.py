@@ -18,10 +18,14 @@ What is special here, before the code:
 """
 
 import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -41,6 +45,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import logging
 
 from .configuration_synermedgen import SynerMedGenConfig, SynerMedGenTextConfig
+from .loading_synermedgen import LoadReport
 
 logger = logging.get_logger(__name__)
 
@@ -474,6 +479,23 @@ class SynerMedGenTextModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Where the Auto classes find this model in a repository that carries its code.
+AUTO_MAP = {
+    auto_class: "modeling_synermedgen.SynerMedGenForConditionalGeneration"
+    for auto_class in ("AutoModel", "AutoModelForImageTextToText")
+}
+
+
+def without_adapters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The base model's own tensors under their own names, out of one that PEFT has put adapters into."""
+    base = {}
+    for name, tensor in state_dict.items():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        base[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+    return base
+
+
 class VelocityHead(nn.Linear):
     """Latent tokens to velocities. A fresh one predicts zero, so training starts from a calm place."""
 
@@ -491,6 +513,94 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        allow_missing: tuple[str, ...] | list[str] = (),
+        allow_unexpected: tuple[str, ...] | list[str] = (),
+        print_report: bool = True,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        r"""
+        Load weights, all of them or none: transformers' `from_pretrained` under a strict report.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder or a Hub repository.
+            allow_missing, allow_unexpected (`list[str]`, *optional*):
+                Names of tensors, or patterns with `*`, that may be absent (they start from random numbers, and
+                `config.missing_parts` says so) or left out.
+            print_report (`bool`, defaults to `True`):
+                Print the table of what was loaded; it stays in `model.load_report`.
+            args, kwargs:
+                As in transformers: `dtype`, `device_map`, `quantization_config`, `attn_implementation`, `revision`, ...
+
+        Raises:
+            `ValueError`: A tensor is missing, unexpected or of another shape; it is named.
+            `OSError`: There are no safetensors (pickle files are never read), or a file is damaged.
+        """
+        allowed_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                **{"use_safetensors": True, **kwargs},
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path}: a weights file is damaged or not complete ({error}). Get it again; "
+                "nothing was loaded."
+            ) from error
+        report = LoadReport.from_loading_info(pretrained_model_name_or_path, model, info)
+        if allowed_mismatch:
+            allow_missing = [*allow_missing, *(name for name, *_ in report.mismatched)]
+            report.missing += [name for name, *_ in report.mismatched]
+            report.mismatched = []
+        report.check(allow_missing, allow_unexpected)
+        if report.missing:
+            model.config.missing_parts = sorted({*model.config.missing_parts, *report.missing_parts})
+        model.load_report = report
+        if print_report and os.environ.get("RANK", "0") == "0":
+            logger.warning(report.table({"": model}))
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
+        r"""
+        Save config, code and all weights as transformers does. With adapters loaded, which transformers would save
+        alone, the base weights are saved all the same, and each adapter beside them in `lora/NAME`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Made if it does not exist.
+            state_dict (`dict[str, torch.Tensor]`, *optional*): Instead of the model's own, as trainers pass it.
+            kwargs: As in transformers: `max_shard_size`, `is_main_process`, `push_to_hub`, ...
+        """
+        # Entries of a repository that this was loaded from would point there.
+        self.config.auto_map = dict(AUTO_MAP)
+        if not self._hf_peft_config_loaded:
+            return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        self._hf_peft_config_loaded = False
+        try:
+            super().save_pretrained(save_directory, state_dict=without_adapters(state_dict), **kwargs)
+        finally:
+            self._hf_peft_config_loaded = True
+        if kwargs.get("is_main_process", True):
+            self.save_adapters(Path(save_directory) / "lora", state_dict)
+
+    def save_adapters(self, folder: Path, state_dict: dict | None = None):
+        """Save every adapter in PEFT's format, `folder/NAME/adapter_model.safetensors` with its config."""
+        for name, config in self.peft_config.items():
+            weights = self.get_adapter_state_dict(name, state_dict=state_dict)
+            weights = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in weights.items()}
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            config.save_pretrained(folder / name)
+            save_file(weights, folder / name / "adapter_model.safetensors", metadata={"format": "pt"})
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -503,6 +613,8 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
 
 class SynerMedGenModel(SynerMedGenPreTrainedModel):
     """The backbone: embedders and the Mixture-of-Transformers, without the two output heads."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^llm2vae\."]  # so it loads from a full checkpoint
 
     def __init__(self, config: SynerMedGenConfig):
         super().__init__(config)
@@ -884,6 +996,9 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
         input_ids = inputs_tensor if input_ids is None or input_ids.shape[1] == 0 else input_ids
         return read_layout(self.config, input_ids, model_kwargs.get("attention_mask")).positions
 
+
+# What is saved carries this file, and the files it imports, for those without the package.
+SynerMedGenForConditionalGeneration.register_for_auto_class("AutoModel")
 
 __all__ = [
     "SynerMedGenPreTrainedModel",

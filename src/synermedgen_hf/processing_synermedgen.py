@@ -24,6 +24,16 @@ MODALITY_NAMES = {
     "PET": "FDG PET",
 }
 REGION_NAMES = {"brain": "brain", "pelvis": "pelvis", "whole-body": "whole body"}
+# Name of the id in the configuration -> the token of Qwen2.5's vocabulary.
+SPECIAL_TOKENS = {
+    "bos_token_id": "<|im_start|>",
+    "eos_token_id": "<|im_end|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "latent_token_id": "<|vision_pad|>",
+    "target_token_id": "<|video_pad|>",
+}
 MODALITY_QUESTION = "Which modality is this image?"
 
 # One answer turn is `<|im_start|>` (given) and the answer with its `<|im_end|>` (learned).
@@ -187,23 +197,14 @@ class SynerMedGenProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        self.image_token = "<|image_pad|>"
-        special = {
-            "bos_token_id": "<|im_start|>",
-            "eos_token_id": "<|im_end|>",
-            "vision_start_token_id": "<|vision_start|>",
-            "vision_end_token_id": "<|vision_end|>",
-            "image_token_id": self.image_token,
-            "latent_token_id": "<|vision_pad|>",
-            "target_token_id": "<|video_pad|>",
-        }
+        self.image_token = SPECIAL_TOKENS["image_token_id"]
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in special.values() if token not in vocabulary]
+        missing = [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]
         if missing:
             raise ValueError(
                 f"The tokenizer lacks {', '.join(missing)}. Use a Qwen2.5 tokenizer, or add them as special tokens."
             )
-        for name, token in special.items():
+        for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, vocabulary[token])
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
 
@@ -220,5 +221,6 @@ class SynerMedGenProcessor(ProcessorMixin):
 AutoImageProcessor.register(
     SynerMedGenConfig, image_processor_classes={"pil": SynerMedGenImageProcessor}, exist_ok=True
 )
+SynerMedGenProcessor.register_for_auto_class()
 
 __all__ = ["SynerMedGenProcessor", "BlockSequence", "ImageBlock", "TextBlock", "build_sequence", "make_instruction"]

@@ -12,20 +12,19 @@ One line is printed per case with its largest error. The exit code is 1 if any c
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from native import write_native
 from PIL import Image
 from safetensors.torch import load_file
 
-from synermedgen_hf.bagel import convert_vae_state_dict, rename_model_key
-from synermedgen_hf.configuration_synermedgen import SynerMedGenConfig
+from synermedgen_hf.bagel import FIXED_TABLES, convert_bagel, rename_model_key
 from synermedgen_hf.image_processing_synermedgen import patchify, picture_pixels, resize_shape, unpatchify
 from synermedgen_hf.modeling_synermedgen import (
-    SynerMedGenForConditionalGeneration,
     allowed_attention,
     grid_ids,
     read_layout,
@@ -59,74 +58,24 @@ class Golden:
         self.numbers = self.json("config")
         self.cases = self.json("cases")
         self.tensors = load_file(folder / "cases.safetensors")
-        llm, vit, vae, bagel = (self.numbers[key] for key in ("llm", "vit", "vae", "bagel"))
-        special, vocabulary = self.numbers["special_tokens"], llm["vocab_size"]
-        self.config = SynerMedGenConfig(
-            text_config={
-                "vocab_size": vocabulary,
-                "hidden_size": llm["hidden_size"],
-                "intermediate_size": llm["intermediate_size"],
-                "num_hidden_layers": llm["num_hidden_layers"],
-                "num_attention_heads": llm["num_attention_heads"],
-                "num_key_value_heads": llm["num_key_value_heads"],
-                "rms_norm_eps": llm["rms_norm_eps"],
-                "rope_parameters": {"rope_type": "default", "rope_theta": llm["rope_theta"]},
-                "max_position_embeddings": llm["max_position_embeddings"],
-                "hidden_act": llm["hidden_act"],
-            },
-            vision_config={
-                "hidden_size": vit["hidden_size"],
-                "intermediate_size": vit["intermediate_size"],
-                "num_hidden_layers": vit["num_hidden_layers"],
-                "num_attention_heads": vit["num_attention_heads"],
-                "num_channels": vit["num_channels"],
-                "image_size": bagel["vit_max_num_patch_per_side"] * vit["patch_size"],
-                "patch_size": vit["patch_size"],
-                "layer_norm_eps": vit["layer_norm_eps"],
-                "hidden_act": vit["hidden_act"],
-                "vision_use_head": False,
-            },
-            latent_channels=vae["z_channels"],
-            latent_patch_size=bagel["latent_patch_size"],
-            max_latent_size=bagel["max_latent_size"],
-            timestep_shift=bagel["timestep_shift"],
-            bos_token_id=special["bos_token_id"],
-            eos_token_id=special["eos_token_id"],
-            pad_token_id=None,
-            vision_start_token_id=special["start_of_image"],
-            vision_end_token_id=special["end_of_image"],
-            # Any id of the small vocabulary may be text, so the stand-ins lie beyond it.
-            image_token_id=vocabulary,
-            latent_token_id=vocabulary + 1,
-            target_token_id=vocabulary + 2,
-        )
-        self.model = SynerMedGenForConditionalGeneration(self.config).eval()
-        native = load_file(folder / "model.safetensors")
-        names = {name: rename_model_key(name) for name in native}
-        state = {names[name]: tensor for name, tensor in native.items() if names[name] is not None}
-        self.model.load_state_dict(state, strict=True)
-        self.native_names = {ours: name for name, ours in names.items() if ours is not None}
-        self.fixed_tables = {name: tensor for name, tensor in native.items() if names[name] is None}
-
-        levels = len(vae["ch_mult"])
-        self.vae = AutoencoderKL(
-            in_channels=vae["in_channels"],
-            out_channels=vae["out_ch"],
-            down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels,
-            block_out_channels=[vae["ch"] * factor for factor in vae["ch_mult"]],
-            layers_per_block=vae["num_res_blocks"],
-            latent_channels=vae["z_channels"],
-            norm_num_groups=32,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=vae["scale_factor"],
-            shift_factor=vae["shift_factor"],
-        ).eval()
-        self.vae.load_state_dict(convert_vae_state_dict(load_file(folder / "ae.safetensors")), strict=True)
-        self.pipe = SynerMedGenPipeline(self.model, None, self.vae, FlowMatchEulerDiscreteScheduler(shift=3.0))
+        with tempfile.TemporaryDirectory() as work:
+            native, converted = Path(work) / "native", Path(work) / "converted"
+            write_native(folder, native)
+            numbers = self.numbers
+            convert_bagel(
+                native,
+                converted,
+                vae_scale=numbers["vae"]["scale_factor"],
+                vae_shift=numbers["vae"]["shift_factor"],
+                timestep_shift=numbers["bagel"]["timestep_shift"],
+            )
+            self.pipe = SynerMedGenPipeline.from_pretrained(converted, print_report=False)
+        self.model, self.vae, self.config = self.pipe.model, self.pipe.vae, self.pipe.model.config
+        stored = load_file(folder / "model.safetensors")
+        self.native_names = {rename_model_key(name): name for name in stored if name not in FIXED_TABLES}
+        self.fixed_tables = {name: stored[name] for name in FIXED_TABLES}
         self.pipe.set_progress_bar_config(disable=True)
-        self.vit_patch, self.latent_patch = vit["patch_size"], bagel["latent_patch_size"]
+        self.vit_patch, self.latent_patch = self.config.vision_config.patch_size, self.config.latent_patch_size
 
     def json(self, name: str):
         return json.loads((self.folder / f"{name}.json").read_text())

@@ -1,0 +1,117 @@
+"""The command line: `synermedgen COMMAND`. Each command imports what it needs when it runs, so that help is quick."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="synermedgen",
+    help="SynerMedGen: CT, MRI, CBCT and PET synthesised from one another. Research use only.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def run(work, *args, **kwargs):
+    """Run one command's work: its report to stdout, or what is wrong to stderr and exit code 1."""
+    try:
+        typer.echo(work(*args, **kwargs))
+    except (OSError, ValueError) as error:
+        typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.secho("Interrupted. What was half-written is removed; run the same command again.", err=True)
+        raise typer.Exit(130) from None
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds files already.")]
+
+
+@app.command()
+def convert_bagel(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder as downloaded: ema.safetensors, model.safetensors or shards; ae.safetensors, llm_config.json, "
+            "vit_config.json, tokenizer files."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="A complete folder of the same kind; parts and files that SOURCE lacks are taken from it."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="File of model weights in SOURCE, where there are several.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Convert the model to it; the autoencoder keeps its own.  [default: keep]")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
+    vae_scale: Annotated[float, typer.Option(help="latent = scale * (z - shift)")] = 0.3611,
+    vae_shift: Annotated[float, typer.Option(help="latent = scale * (z - shift)")] = 0.1159,
+    timestep_shift: Annotated[float, typer.Option(help="Shift of the timesteps in training.")] = 1.0,
+    sampling_shift: Annotated[float, typer.Option(help="Shift of the timesteps in sampling.")] = 3.0,
+    trained_route: Annotated[
+        list[str] | None,
+        typer.Option(help="A route it was trained for, such as brain/MRI-CT; several times for several."),
+    ] = None,
+    trained_task: Annotated[
+        list[str] | None, typer.Option(help="An understanding task it was trained on: CTS, MI or TIA.")
+    ] = None,
+    allow_missing: Annotated[
+        list[str] | None, typer.Option(help="A tensor, or a pattern with *, that may be missing.")
+    ] = None,
+    allow_unexpected: Annotated[
+        list[str] | None, typer.Option(help="A tensor, or a pattern with *, that may be left out.")
+    ] = None,
+    overwrite: Overwrite = False,
+):
+    """Convert a BAGEL-family checkpoint (BAGEL, UniMedVL, SynerMedGen training runs) to a pipeline of this package."""
+    import torch
+
+    from .bagel import convert_bagel
+
+    run(
+        convert_bagel,
+        source,
+        output,
+        base=base,
+        weights=weights,
+        dtype=getattr(torch, dtype.value) if dtype else None,
+        max_shard_size=max_shard_size,
+        vae_scale=vae_scale,
+        vae_shift=vae_shift,
+        timestep_shift=timestep_shift,
+        sampling_shift=sampling_shift,
+        trained_routes=trained_route or (),
+        trained_tasks=trained_task or (),
+        allow_missing=allow_missing or (),
+        allow_unexpected=allow_unexpected or (),
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def export_bagel(
+    source: Annotated[Path, typer.Argument(help="Folder of a pipeline.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    overwrite: Overwrite = False,
+):
+    """Write a pipeline in the original layout, byte for byte the inverse of convert-bagel."""
+    from .bagel import export_bagel
+
+    run(export_bagel, source, output, overwrite=overwrite)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,250 @@
+"""What was loaded and what was not: one short table, and an error for every tensor missing, left over or misshapen.
+
+Weights that quietly failed to load are the most expensive mistake with models of this kind: the loss still falls, and
+the pictures are noise. So every `from_pretrained`, the converters and the trainers go through a [`LoadReport`].
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+# Part -> pattern of its tensors; the first that is found in a name wins. The autoencoder's names start with "vae.".
+PARTS = {
+    "autoencoder": r"^vae\.",
+    "generation": r"_moe_gen\b|\bvae2llm\b|\bllm2vae\b|\btime_embedder\b",
+    "vision": r"\bvision_model\b|\bconnector\b",
+    "understanding": r"",
+}
+# What `allow_missing` takes for a part; transformers, PEFT and fnmatch read the same names.
+PART_PATTERNS = {
+    "generation": ("*_moe_gen*", "*vae2llm*", "*llm2vae*", "*time_embedder*"),
+    "vision": ("*vision_model*", "*connector*"),
+}
+_WITHOUT = {
+    "generation": "it cannot synthesise: calling the pipeline is unavailable on every route{routes}; `identify` and "
+    "`answer` remain",
+    "vision": "it cannot look at images: `identify`, `answer` and synthesis on every route{routes} are unavailable; "
+    "only text remains",
+    "understanding": "nothing works: every route{routes} and every question needs it",
+    "autoencoder": "it cannot synthesise: every route{routes} passes through it",
+}
+_SHOWN = 8  # names in an error
+
+
+def part_of(name: str) -> str:
+    """The part a tensor belongs to: `"understanding"`, `"generation"`, `"vision"` or `"autoencoder"`."""
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, name))
+
+
+def is_allowed(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of `patterns`, in which `*` stands for anything."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
+    """
+    SHA-256 over name, shape and values of one tensor on the CPU. Floating-point values count as float32, so bfloat16
+    weights read as float32 are still the same weights.
+    """
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{name} {tuple(tensor.shape)} {hashlib.sha256(values).hexdigest()}".encode()).digest()
+
+
+def combine_digests(digests: dict[str, bytes]) -> str:
+    """One checksum of 64 hexadecimal digits from those of the tensors, whatever their order."""
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+
+def weights_checksum(module: nn.Module, names: Iterable[str] | None = None, prefix: str = "") -> str | None:
+    """
+    One checksum of a module's parameters and persistent buffers. Two modules have the same one exactly if all values
+    are the same, however they are stored.
+
+    Args:
+        module (`nn.Module`): Any.
+        names (`Iterable[str]`, *optional*): Only these tensors, such as the frozen ones before and after a training.
+        prefix (`str`): Put before every name.
+
+    Returns:
+        `str` of 64 hexadecimal digits, or `None` where there are no plain values (quantised or offloaded tensors).
+    """
+    digests = _digests(module, names, prefix)
+    return None if digests is None else combine_digests(digests)
+
+
+def _digests(module: nn.Module, names: Iterable[str] | None = None, prefix: str = "") -> dict[str, bytes] | None:
+    tensors = module.state_dict()
+    tensors = tensors if names is None else {name: tensors[name] for name in names}
+    if any(tensor.is_meta or type(tensor) is not torch.Tensor for tensor in tensors.values()):
+        return None
+    if getattr(module, "is_quantized", False):
+        return None
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the GIL
+        found = pool.map(lambda item: tensor_digest(prefix + item[0], item[1].cpu()), tensors.items())
+        return dict(zip((prefix + name for name in tensors), found, strict=True))
+
+
+@dataclass
+class LoadReport:
+    """
+    Which tensors of a checkpoint arrived in a model.
+
+    Args:
+        source (`str`): The folder, file or repository.
+        loaded, missing, unexpected (`list[str]`): Names of tensors.
+        mismatched (`list[tuple[str, tuple, tuple]]`): Name, stored shape, shape that the configuration asks for.
+        routes (`list[str]`): Routes the checkpoint was trained for, to say what is lost without a part.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    routes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_loading_info(cls, source, module: nn.Module, info: dict, prefix: str = "") -> "LoadReport":
+        """From what transformers and diffusers return for `output_loading_info=True`; `prefix` goes before names."""
+        mismatched = [(prefix + name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"]]
+        absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        return cls(
+            source=str(source),
+            loaded=[prefix + name for name in module.state_dict() if name not in absent],
+            missing=sorted(prefix + name for name in info["missing_keys"]),
+            unexpected=sorted(prefix + name for name in info["unexpected_keys"]),
+            mismatched=sorted(mismatched),
+            routes=list(getattr(module.config, "trained_routes", None) or []),
+        )
+
+    def __add__(self, other: "LoadReport") -> "LoadReport":
+        names = ("loaded", "missing", "unexpected", "mismatched")
+        return LoadReport(
+            self.source, *(getattr(self, name) + getattr(other, name) for name in names), self.routes or other.routes
+        )
+
+    @property
+    def missing_parts(self) -> list[str]:
+        """Parts of which at least one tensor is missing."""
+        absent = {part_of(name) for name in (*self.missing, *(name for name, *_ in self.mismatched))}
+        return sorted(absent)
+
+    def check(self, allow_missing: Iterable[str] = (), allow_unexpected: Iterable[str] = ()):
+        """
+        Raise a `ValueError` that names what did not load, unless it is allowed.
+
+        Args:
+            allow_missing, allow_unexpected (`Iterable[str]`): Names, or patterns with `*`.
+        """
+        problems = []
+        missing = [name for name in self.missing if not is_allowed(name, allow_missing)]
+        unexpected = [name for name in self.unexpected if not is_allowed(name, allow_unexpected)]
+        for what, names in (("missing", missing), ("unexpected", unexpected)):
+            if names:
+                rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                problems.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{rest}")
+        if self.mismatched:
+            shown = [
+                f"{name} (stored {_shape(stored)}, the configuration says {_shape(wanted)})"
+                for name, stored, wanted in self.mismatched[:_SHOWN]
+            ]
+            rest = f" and {len(self.mismatched) - _SHOWN} more" if len(self.mismatched) > _SHOWN else ""
+            problems.append(f"{len(self.mismatched)} of another shape: {', '.join(shown)}{rest}")
+        if not problems:
+            return
+        message = f"{self.source} does not hold the weights of this model. Tensors " + "; ".join(problems) + "."
+        lost = sorted({part_of(name) for name in missing})
+        if lost:
+            routes = f" ({', '.join(self.routes)})" if self.routes else ""
+            for part in lost:
+                message += f" Without its {part} weights {_WITHOUT[part].format(routes=routes)}."
+            message += (
+                " Get the complete checkpoint, or merge this one onto a complete one (synermedgen convert-bagel "
+                "--base). To go on with random numbers in their place, name them: "
+                f"allow_missing={_allowing(missing)}."
+            )
+        if unexpected:
+            message += f" To leave the unexpected ones out, name them: allow_unexpected={_allowing(unexpected)}."
+        if self.mismatched:
+            message += " Configuration and weights belong to different models: get both from one place."
+        raise ValueError(message)
+
+    def table(self, modules: dict[str, nn.Module], checksum: str | None = None) -> str:
+        """
+        The report in one short table.
+
+        Args:
+            modules (`dict[str, nn.Module]`): The modules by the prefix of their names in this report, which is `""` for
+                the model and `"vae."` for the autoencoder. They tell sizes, dtypes, and what is trained as they are
+                now.
+            checksum (`str`, *optional*): Where it is known already.
+        """
+        header = ("part", "loaded", "missing", "unexpected", "mismatched", "parameters", "trained", "frozen", "dtype")
+        counts = {"loaded": self.loaded, "missing": self.missing, "unexpected": self.unexpected}
+        counts["mismatched"] = [name for name, *_ in self.mismatched]
+        parameters = [
+            (part_of(prefix + name), parameter)
+            for prefix, module in modules.items()
+            for name, parameter in module.named_parameters()
+        ]
+        rows = [header]
+        for part in reversed(PARTS):
+            own = [parameter for owner, parameter in parameters if owner == part]
+            if not own:
+                continue
+            sizes = [sum(map(_numel, own)), sum(_numel(p) for p in own if p.requires_grad)]
+            rows.append(
+                (
+                    part,
+                    *(str(sum(part_of(name) == part for name in names)) for names in counts.values()),
+                    *map(_millions, (sizes[0], sizes[1], sizes[0] - sizes[1])),
+                    "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in own})),
+                )
+            )
+        if checksum is None:
+            digests = [_digests(module, prefix=prefix) for prefix, module in modules.items()]
+            whole = None if None in digests else {name: one for part in digests for name, one in part.items()}
+            checksum = "none (quantised or offloaded)" if whole is None else combine_digests(whole)[:16]
+        return f"Weights of {self.source}, sha256 {checksum}\n{align(rows)}"
+
+
+def align(rows: list[tuple[str, ...]]) -> str:
+    """Rows as text, their columns aligned: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two 4-bit weights into a byte
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count else "0"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def _allowing(names: list[str]) -> list[str]:
+    """The shortest way to allow exactly these names, in patterns of whole parts where a part is gone."""
+    patterns = []
+    for part, own in PART_PATTERNS.items():
+        concerned = [name for name in names if part_of(name) == part]
+        if len(concerned) > _SHOWN:
+            patterns += [pattern for pattern in own if any(fnmatchcase(name, pattern) for name in concerned)]
+            names = [name for name in names if name not in concerned]
+    return patterns + (names if len(names) <= _SHOWN else ["*"])
+
+
+__all__ = ["LoadReport", "combine_digests", "part_of", "tensor_digest", "weights_checksum"]
