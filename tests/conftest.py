@@ -1,5 +1,19 @@
-"""Real classes at tiny size, random weights: what every test of the model and the pipeline starts from."""
+"""Real classes at tiny size, random weights: what every test of the model and the pipeline starts from.
 
+Every request to the Hub goes to a server on localhost. The libraries read where the Hub is when they are imported, so
+it is started, and the environment set, before that.
+"""
+
+import os
+import tempfile
+
+from localhost_hub import LocalhostHub
+
+HUB = LocalhostHub().start()
+HF_HOME = tempfile.TemporaryDirectory(prefix="synermedgen-tests-")
+os.environ.update(HUB.environment(), HF_HOME=HF_HOME.name)
+
+# ruff: noqa: E402
 import numpy as np
 import pytest
 import torch
@@ -17,6 +31,13 @@ from synermedgen_hf import (
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """The Hub that all tests talk to."""
+    yield HUB
+    HUB.stop()
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,7 @@ WEIGHTS = bytes(range(256)) * 400
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    # What HF_HUB_DISABLE_XET=1 does, for a client that was imported before the environment could be set.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+def hub():
     with LocalhostHub() as hub:
         yield hub
 

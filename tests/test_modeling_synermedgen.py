@@ -601,7 +601,10 @@ def test_save_and_load_is_exact(model, config, tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if "generation" not in path.name) == [
         "config.json",
+        "configuration_synermedgen.py",  # the code comes along, for those without the package
+        "loading_synermedgen.py",
         "model.safetensors",
+        "modeling_synermedgen.py",
     ]
     again, report = SynerMedGenForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report

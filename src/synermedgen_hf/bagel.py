@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .configuration_synermedgen import SynerMedGenConfig
-from .hub import complete_repository, make_model_card, staged
+from .hub import complete_repository, staged
 from .image_processing_synermedgen import SynerMedGenImageProcessor
 from .loading_synermedgen import LoadReport, combine_digests, tensor_digest
+from .model_card import make_model_card
 from .modeling_synermedgen import AUTO_MAP, SinCosPositionTable, SynerMedGenForConditionalGeneration
 from .processing_synermedgen import SPECIAL_TOKENS, SynerMedGenProcessor
 
@@ -686,8 +687,8 @@ def convert_bagel(
         (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
         complete_repository(folder)
         card.save(folder / "README.md")
-    model.to(config.dtype)
-    modules["vae."].to(next(iter(placed["vae."].values())).dtype)
+    for (prefix, module), kind in zip(modules.items(), (config.dtype, None), strict=True):
+        torch.nn.Module.to(module, kind or next(iter(placed[prefix].values())).dtype)  # for the report
     lines = [f"Merged from {folder}: {group}" for group, folder in checkpoint.merged.items()]
     lines.append(report.table(modules, checksum=combine_digests(digests)[:16]))
     recomputed = [name for name, table in tables.items() if table is not None]

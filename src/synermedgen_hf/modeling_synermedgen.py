@@ -512,6 +512,9 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
     # Flash kernels take no mask, and an image block next to a causal text cannot be said without one.
     _supports_flash_attn = False
     _supports_attention_backend = True
+    # The way into and out of the latent space is a thousandth of the weights and decides the picture: kept at float32
+    # in half precision, and left out of quantisation.
+    _keep_in_fp32_modules = [".*vae2llm", ".*llm2vae", ".*time_embedder"]
 
     @classmethod
     def from_pretrained(
@@ -966,7 +969,7 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
         if velocity_labels is not None:
             check_count("velocity_labels", velocity_labels, int(is_target.sum()), "target tokens in `input_ids`")
         if is_target.any():
-            velocity = self.llm2vae(hidden_states[is_target])
+            velocity = self.llm2vae(hidden_states[is_target].to(self.llm2vae.weight.dtype))
             if velocity_labels is not None:
                 loss_mse = nn.functional.mse_loss(velocity.float(), velocity_labels.float())
 

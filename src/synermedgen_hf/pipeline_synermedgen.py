@@ -7,8 +7,6 @@ The context is computed once. Guidance needs the same step under reduced context
 images); these branches, and all slices of a batch, run as one batch.
 """
 
-import os
-import tempfile
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,18 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import BaseOutput, logging
-from huggingface_hub import create_repo, hf_hub_download, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from diffusers.utils import BaseOutput
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file, is_peft_available
 
+from .hub import HubMixin
 from .image_processing_synermedgen import SliceInputs, load_slice, patchify, to_display, unpatchify
-from .loading_synermedgen import LoadReport
 from .processing_synermedgen import (
     MODALITY_NAMES,
     MODALITY_QUESTION,
@@ -39,11 +32,7 @@ from .processing_synermedgen import (
     make_instruction,
 )
 
-logger = logging.get_logger(__name__)
-
 RESCALE_MODES = ("global", "channel", "text_channel")
-COMPONENTS = ("model", "processor", "vae", "scheduler")
-HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 @dataclass
@@ -151,49 +140,7 @@ def own_window(image) -> tuple[float, float] | None:
     return None if is_picture else (low, high if low < high else low + 1)
 
 
-def check_folder(path, given: dict[str, Any]):
-    """Raise an `OSError` if `path` is a local folder without the components that are not `given`, saying what it is."""
-    folder = Path(path)
-    if not folder.exists():
-        if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
-            raise FileNotFoundError(f"There is no folder {path}.")
-        return  # a Hub repository
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{path} is a file; name the folder of a pipeline.")
-    absent = [name for name in COMPONENTS if name not in given and not (folder / name).is_dir()]
-    if not absent:
-        return
-    advice = "Name the folder that save_pretrained or convert-bagel wrote."
-    if (folder / "llm_config.json").exists():
-        advice = "It holds an original BAGEL-family checkpoint: synermedgen convert-bagel makes a pipeline of it."
-    elif (folder / "config.json").exists():
-        advice = "It looks like a model or a component alone: load it with its Auto class, or name the folder above it."
-    raise OSError(f"{path} is not a SynerMedGen pipeline: it lacks {', '.join(absent)}/. {advice}")
-
-
-def load_vae(path, dtype: torch.dtype, **where) -> tuple[AutoencoderKL, LoadReport]:
-    """The autoencoder of a pipeline folder or repository, and what was loaded of it."""
-    try:
-        vae, info = AutoencoderKL.from_pretrained(
-            path,
-            subfolder="vae",
-            torch_dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them
-            low_cpu_mem_usage=False,  # which cannot be had with the line above
-            **where,
-        )
-    except SafetensorError as error:
-        raise OSError(
-            f"{path}: the autoencoder's weights are damaged or not complete ({error}). Get them again."
-        ) from error
-    # Or it would be saved, and published, with the path it was loaded from.
-    vae.register_to_config(_name_or_path="")
-    return vae.eval(), LoadReport.from_loading_info(path, vae, info, prefix="vae.")
-
-
-class SynerMedGenPipeline(DiffusionPipeline):
+class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
     r"""
     Cross-modality synthesis, and the questions the same weights can answer.
 
@@ -248,275 +195,6 @@ class SynerMedGenPipeline(DiffusionPipeline):
                 f"The image processor does not fit the model and its VAE: it has {wrong}, they need "
                 f"{ {name: wanted[name] for name in wrong} }."
             )
-
-    # Loading, saving, publishing --------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        dtype: torch.dtype | dict[str, torch.dtype] | None = None,
-        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
-        allow_missing: list[str] | tuple[str, ...] = (),
-        allow_unexpected: list[str] | tuple[str, ...] = (),
-        print_report: bool = True,
-        **kwargs,
-    ):
-        r"""
-        Load the four components from their subfolders, every tensor accounted for.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository.
-            dtype (`torch.dtype` or `dict`, defaults to `torch.float32`):
-                Of model and VAE, as transformers calls it; a dict has one per component and `"default"`.
-            torch_dtype (`torch.dtype` or `dict`, *optional*): The same, as diffusers calls it.
-            allow_missing, allow_unexpected (`list[str]`, *optional*):
-                Names of tensors, or patterns with `*`, that may be absent or left out; the autoencoder's begin with
-                `vae.`.
-            print_report (`bool`, defaults to `True`): Print the table of what was loaded; it stays in
-                `pipe.load_report`.
-            kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download` go to every component; a
-                component given by name (`vae=...`) replaces the stored one; anything else (`device_map`,
-                `quantization_config`, `attn_implementation`, ...) goes to the model. With a `device_map` the VAE lies
-                where the model begins.
-
-        Raises:
-            `ValueError`: A tensor is missing, unexpected or of another shape, or the components do not fit together.
-            `OSError`: The folder is none of a pipeline, there are no safetensors, or a file is damaged.
-        """
-        path = pretrained_model_name_or_path
-        components = {name: kwargs.pop(name) for name in COMPONENTS if kwargs.get(name) is not None}
-        check_folder(path, components)
-        where = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
-        trust = {"trust_remote_code": kwargs.pop("trust_remote_code")} if "trust_remote_code" in kwargs else {}
-        dtype = dtype or torch_dtype or torch.float32
-        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
-        of = {name: dtypes.get(name, dtypes.get("default", torch.float32)) for name in ("model", "vae")}
-        allowed = {"allow_missing": allow_missing, "allow_unexpected": allow_unexpected}
-        report = LoadReport(str(path))
-        if "model" not in components:
-            components["model"] = AutoModel.from_pretrained(
-                path, subfolder="model", dtype=of["model"], print_report=False, **allowed, **where, **trust, **kwargs
-            )
-            report += components["model"].load_report
-        if "vae" not in components:
-            components["vae"], vae_report = load_vae(path, of["vae"], **where)
-            vae_report.routes = report.routes
-            vae_report.check(**allowed)
-            report += vae_report
-            if kwargs.get("device_map") is not None:
-                components["vae"].to(components["model"].device)
-        if "processor" not in components:
-            components["processor"] = AutoProcessor.from_pretrained(path, subfolder="processor", **where, **trust)
-        if "scheduler" not in components:
-            components["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(
-                path, subfolder="scheduler", **where
-            )
-        pipe = cls(**components)
-        pipe.load_report = report
-        if print_report and os.environ.get("RANK", "0") == "0":
-            logger.warning(report.table({"": pipe.model, "vae.": pipe.vae}))
-        if pipe.model.config.notice:
-            logger.warning(pipe.model.config.notice)
-        return pipe
-
-    def save_pretrained(
-        self,
-        save_directory,
-        max_shard_size: int | str = "5GB",
-        push_to_hub: bool = False,
-        remote_code: bool = True,
-        card: dict | None = None,
-        **kwargs,
-    ):
-        r"""
-        Save everything as one repository that `AutoModel`, `AutoProcessor`, this class and, with the code it carries,
-        `DiffusionPipeline` load from (layout in `hub.py`). Until all is written, nothing in the folder changes. Loaded
-        LoRA adapters are saved beside the base weights, in `lora/NAME`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Made if it does not exist.
-            max_shard_size (`int` or `str`, defaults to `"5GB"`): Of one file of weights.
-            push_to_hub (`bool`, defaults to `False`): Publish the folder too, as `repo_id` (by default its name).
-            remote_code (`bool`, defaults to `True`): Carry the code, for use without this package.
-            card (`dict`, *optional*): What the model card shall say: `base_model`, `license`, `datasets`,
-                `training_data`, `evaluation`, `title`; see [`~synermedgen_hf.hub.make_model_card`].
-            kwargs: With `push_to_hub`, those of [`~SynerMedGenPipeline.push_to_hub`].
-
-        Raises:
-            `ValueError`: Pickle was asked for (`safe_serialization=False`).
-            `OSError`: The disk is full or not writable; the folder is as it was.
-        """
-        from .hub import complete_repository, make_model_card, may_replace_card, staged
-
-        if not kwargs.pop("safe_serialization", True):
-            raise ValueError("Weights are saved as safetensors only: safe_serialization=False would be pickle.")
-        save_directory = Path(save_directory)
-        title = save_directory.resolve().name
-        intensity = self.processor.image_processor.intensity
-        card = make_model_card(self.model.config, intensity, **{"title": title, **(card or {})})
-        with staged(save_directory) as folder:
-            super().save_pretrained(folder, max_shard_size=max_shard_size)
-            if (folder / "model" / "lora").exists():
-                (folder / "model" / "lora").rename(folder / "lora")
-                logger.warning(
-                    "Base weights and adapters (%s) are saved side by side; load_lora_weights(..., "
-                    "subfolder='lora/NAME') puts them together again.",
-                    ", ".join(sorted(path.name for path in (folder / "lora").iterdir())),
-                )
-            complete_repository(folder, remote_code)
-            readme = save_directory / "README.md"
-            if may_replace_card(readme.read_text() if readme.exists() else None):
-                card.save(folder / "README.md")
-            else:
-                logger.warning("%s was changed by hand and stays as it is.", readme)
-        if push_to_hub:
-            self.upload_repository(save_directory, kwargs.pop("repo_id", title), **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "5GB",
-        remote_code: bool = True,
-        card: dict | None = None,
-    ) -> str:
-        r"""
-        Save and publish as one repository.
-
-        Args:
-            repo_id (`str`): `"organisation/name"`; made if it does not exist.
-            commit_message, private, token, create_pr: As everywhere on the Hub.
-            max_shard_size, remote_code, card: As in [`~SynerMedGenPipeline.save_pretrained`].
-
-        Returns:
-            `str`: The address of the commit.
-        """
-        card = {"title": repo_id.split("/")[-1], **(card or {})}
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code, card=card)
-            return self.upload_repository(folder, repo_id, commit_message, private, token, create_pr)
-
-    def upload_repository(
-        self,
-        folder,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Publish a saved folder; a README that was changed by hand on the Hub stays, older weights do not."""
-        from .hub import WEIGHTS, may_replace_card
-
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        try:
-            published = Path(hf_hub_download(repo_id, "README.md", token=token)).read_text()
-        except EntryNotFoundError:
-            published = None
-        ignored = [] if may_replace_card(published) else ["README.md"]
-        if ignored:
-            logger.warning("The README of %s was changed by hand and stays as it is.", repo_id)
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or "Upload SynerMedGenPipeline",
-            token=token,
-            create_pr=create_pr,
-            ignore_patterns=ignored,
-            delete_patterns=list(WEIGHTS),
-        )
-
-    # LoRA adapters ----------------------------------------------------------------------------------------------------
-
-    def load_lora_weights(self, pretrained_model_name_or_path, adapter_name: str = "default", **kwargs):
-        r"""
-        Add a LoRA adapter to the model and use it, in place of those used until now.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository in PEFT's format.
-            adapter_name (`str`, defaults to `"default"`): What to call it.
-            kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`.
-
-        Raises:
-            `OSError`: There is no `adapter_model.safetensors`; pickle files are never read.
-            `ValueError`: The name is taken, or the adapter does not fit the model, which stays as it was.
-        """
-        if not is_peft_available():
-            raise ImportError("LoRA adapters need peft: pip install 'synermedgen-hf[train]'.")
-        from peft import PeftConfig
-
-        where = {name: kwargs.pop(name) for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
-        if kwargs:
-            raise TypeError(f"load_lora_weights got unknown arguments: {', '.join(kwargs)}.")
-        if adapter_name in getattr(self.model, "peft_config", {}):
-            raise ValueError(f"An adapter called {adapter_name!r} is loaded already; choose another adapter_name.")
-        source = str(pretrained_model_name_or_path)
-        weights = load_file(cached_file(source, "adapter_model.safetensors", **where))
-        config = PeftConfig.from_pretrained(source, **where)
-        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        try:
-            info = self.model.load_adapter(adapter_name=adapter_name, peft_config=config, adapter_state_dict=weights)
-            own = [name for name in self.model.state_dict() if ".lora_" in name and f".{adapter_name}." in name]
-            LoadReport(
-                source,
-                missing=sorted(info.missing_keys.intersection(own)),
-                unexpected=sorted(info.unexpected_keys),
-            ).check()
-        except Exception as error:
-            self.remove_adapters([adapter_name])
-            raise ValueError(f"The adapter {source} does not fit this model, which stays as it was. {error}") from error
-        finally:
-            for parameter, flag in trained:  # peft freezes the layers it wraps
-                parameter.requires_grad_(flag)
-        self.set_adapters(adapter_name)
-
-    def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None):
-        r"""
-        Choose which loaded adapters act, and how strongly.
-
-        Args:
-            adapter_names (`str` or `list[str]`): One or several, added up.
-            weights (`float` or `list[float]`, *optional*): Factor of each; 1 by default, 0 switches one off.
-
-        Raises:
-            `ValueError`: A name is not loaded, or names and weights differ in number.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        factors = (
-            list(weights) if isinstance(weights, (list, tuple)) else [1.0 if weights is None else weights] * len(names)
-        )
-        loaded = list(getattr(self.model, "peft_config", {}))
-        if unknown := [name for name in names if name not in loaded]:
-            raise ValueError(
-                f"No adapter called {', '.join(unknown)} is loaded; loaded: {', '.join(loaded) or 'none'}."
-            )
-        if len(factors) != len(names):
-            raise ValueError(f"Got {len(factors)} weights for {len(names)} adapters.")
-        self.model.set_adapter(names)
-        for module in self.model.modules():
-            if hasattr(module, "lora_A"):
-                for name, factor in zip(names, factors, strict=True):
-                    module.set_scale(name, factor)
-
-    def unload_lora_weights(self):
-        """Remove all adapters; the model is exactly what it was before the first one. Without any, nothing happens."""
-        self.remove_adapters(list(getattr(self.model, "peft_config", {})))
-
-    def remove_adapters(self, names: list[str]):
-        """Delete adapters, and with the last one peft's wrappers around the layers."""
-        loaded = getattr(self.model, "peft_config", {})
-        if names := [name for name in names if name in loaded]:
-            self.model.delete_adapter(names)
-        if getattr(self.model, "peft_config", None):
-            return
-        for name, module in list(self.model.named_modules()):
-            if hasattr(module, "base_layer"):
-                self.model.set_submodule(name, module.base_layer)
-        self.model._hf_peft_config_loaded = False
 
     # 1. Check everything before any computing ------------------------------------------------------------------------
 
