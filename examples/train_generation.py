@@ -35,18 +35,20 @@ from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import load_phantom
 from synermedgen_hf.data.routes import ROUTES, Route
 from synermedgen_hf.image_processing_synermedgen import patchify
+from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, make_instruction
 
 logger = logging.getLogger(__name__)
 
 NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use."
-# The parts Stage II trains; the rest is the understanding branch.
-GENERATION_PARTS = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="a pipeline folder or Hub repository")
+    parser.add_argument(
+        "--allow_missing", nargs="*", default=[], help="tensors, or patterns with *, that may start from random numbers"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated cases are kept")
     parser.add_argument("--train_cases", type=int, default=200, help="simulated subjects per protocol")
@@ -215,18 +217,20 @@ def main(args):
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none")],
     )
     set_seed(args.seed)
-    pipe = SynerMedGenPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    pipe = SynerMedGenPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, allow_missing=args.allow_missing, print_report=False
+    )
+    pipe.vae.requires_grad_(False)
     model = pipe.model.train()
     model.lm_head.requires_grad_(False)  # the flow loss does not reach it
     if args.freeze != "none":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in GENERATION_PARTS))
+            parameter.requires_grad_(part_of(name) == "generation")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    logger.info(
-        "training %.2f of %.2f M parameters", sum(map(torch.numel, trained)) / 1e6, model.num_parameters() / 1e6
-    )
+    if accelerator.is_main_process:
+        logger.info(pipe.load_report.table({"": model, "vae.": pipe.vae}))
     optimizer = torch.optim.AdamW(
         trained,
         lr=args.learning_rate,
@@ -308,6 +312,8 @@ def main(args):
         pipe.model = accelerator.unwrap_model(model)
         ema.copy_to(trained)
         config = pipe.model.config
+        trained_parts = {"generation"} if args.freeze != "none" else {"generation", "understanding", "vision"}
+        config.missing_parts = [part for part in config.missing_parts if part not in trained_parts]
         config.trained_routes = [route.name for route in ROUTES]
         config.notice = NOTICE
         sampling = {
@@ -318,7 +324,10 @@ def main(args):
         config.sampling |= {name: value for name, value in sampling.items() if value is not None}
         pipe.model.requires_grad_(True).eval().to(getattr(torch, args.save_dtype))
         pipe.vae.to(getattr(torch, args.save_dtype))
-        pipe.save_pretrained(args.output_dir / "pipeline")
+        pipe.save_pretrained(
+            args.output_dir / "pipeline",
+            card={"training_data": "Simulated patients of synermedgen_hf.data.phantom; no real scan."},
+        )
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
         logger.info("saved %s", args.output_dir / "pipeline")

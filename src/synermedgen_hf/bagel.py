@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from .configuration_synermedgen import SynerMedGenConfig
 from .hub import complete_repository, staged
 from .image_processing_synermedgen import SynerMedGenImageProcessor
-from .loading_synermedgen import LoadReport, combine_digests, tensor_digest
+from .loading_synermedgen import LoadReport, combine_digests, part_of, tensor_digest
 from .model_card import make_model_card
 from .modeling_synermedgen import AUTO_MAP, SinCosPositionTable, SynerMedGenForConditionalGeneration
 from .processing_synermedgen import SPECIAL_TOKENS, SynerMedGenProcessor
@@ -42,8 +42,9 @@ MODEL_NAMES = (
     ("time_embedder.mlp.0.", "model.time_embedder.linear_1."),
     ("time_embedder.mlp.2.", "model.time_embedder.linear_2."),
 )
-# Computed instead of stored: native name -> the module that computes it.
-FIXED_TABLES = {"latent_pos_embed.pos_embed": "latent_pos_embed", "vit_pos_embed.pos_embed": "vit_pos_embed"}
+# Computed instead of stored. Each comes and goes with another group of tensors.
+TABLE_OWNERS = {"latent_pos_embed.pos_embed": "vae2llm", "vit_pos_embed.pos_embed": "connector"}
+FIXED_TABLES = tuple(TABLE_OWNERS)
 
 # FLUX autoencoder name -> that of diffusers' AutoencoderKL. {r} counts decoder levels from the other end.
 VAE_NAMES = (
@@ -617,15 +618,14 @@ def convert_bagel(
     modules = empty_modules(config, vae_config)
     report, placed = match(checkpoint, modules)
     report.routes = list(trained_routes)
+    config.missing_parts = [part for part in report.missing_parts if part != "autoencoder"]
     tables = {name: checkpoint.weights.get(name) for name in FIXED_TABLES}
-    groups = {"latent_pos_embed.pos_embed": "vae2llm", "vit_pos_embed.pos_embed": "connector"}
     here = {group_of(name) for name in checkpoint.weights}
-    report.missing += [name for name, table in tables.items() if table is None and groups[name] in here]
+    report.missing += [name for name, table in tables.items() if table is None and TABLE_OWNERS[name] in here]
     report.check(allow_missing, allow_unexpected)
     for name, table in tables.items():
         if table is not None:
-            check_table(table, getattr(modules[""].model, FIXED_TABLES[name]).side, config.text_config.hidden_size)
-    config.missing_parts = [part for part in report.missing_parts if part != "autoencoder"]
+            check_table(table, getattr(modules[""].model, name.split(".")[0]).side, config.text_config.hidden_size)
 
     # 3. The small files' contents.
     tokenizer = read_tokenizer(tokenizer_folder, config.text_config.vocab_size)
@@ -752,53 +752,68 @@ def export_bagel(source: str | Path, output: str | Path, overwrite: bool = False
     source, output = Path(source), Path(output)
     if not (source / "model" / "config.json").exists() or not (source / "vae" / "config.json").exists():
         raise OSError(f"{source} is not the folder of a SynerMedGen pipeline: it lacks model/ or vae/.")
+    # 1. Read headers and numbers; every tensor must be there.
     config = SynerMedGenConfig.from_pretrained(source / "model")
     vae_config = read_json(source / "vae" / "config.json")
     modules = empty_modules(config, vae_config)
-    levels, tensors = len(vae_config["block_out_channels"]), {"": {}, "vae.": {}}
     files = {
         "": find_weights(source / "model", None),
-        "vae.": [source / "vae" / "diffusion_pytorch_model.safetensors"],
+        "vae.": find_weights(source / "vae", "diffusion_pytorch_model.safetensors"),
     }
-    report = LoadReport(str(source))
+    report, stored = LoadReport(str(source), routes=config.trained_routes), {}
     for prefix, module in modules.items():
-        stored = {name: tensor for file in files[prefix] for name, tensor in list_tensors(file).items()}
+        stored[prefix] = {name: tensor for file in files[prefix] for name, tensor in list_tensors(file).items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        report.loaded += [prefix + name for name in stored]
-        report.missing += [prefix + name for name in wanted.keys() - stored.keys()]
-        report.unexpected += [prefix + name for name in stored.keys() - wanted.keys()]
+        report.loaded += [prefix + name for name in wanted if name in stored[prefix]]
+        report.missing += [prefix + name for name in wanted if name not in stored[prefix]]
+        report.unexpected += [prefix + name for name in stored[prefix] if name not in wanted]
         report.mismatched += [
             (prefix + name, tensor.shape, wanted[name])
-            for name, tensor in stored.items()
+            for name, tensor in stored[prefix].items()
             if name in wanted and tensor.shape != wanted[name]
         ]
-        for name, tensor in stored.items():
+    report.check(allow_missing=[name for name in report.missing if part_of(name) in config.missing_parts])
+
+    # 2. Back to the native names and shapes, with the tables of positions that belong to what is there.
+    levels, tensors, names = len(vae_config["block_out_channels"]), {"": {}, "vae.": {}}, {}
+    for prefix, own in stored.items():
+        for name, tensor in own.items():
             native = rename_vae_key(name, levels, back=True) if prefix else rename_model_key(name, back=True)
             if prefix and VAE_ATTENTION.search(native):
                 tensor.shape = (*tensor.shape, 1, 1)
-            tensors[prefix][native] = tensor
-    missing_allowed = [name for name in report.missing if config.missing_parts]
-    report.check(allow_missing=missing_allowed)
-    check_output(output, sum(tensor.nbytes for own in tensors.values() for tensor in own.values()), overwrite)
-    tokenizer = AutoTokenizer.from_pretrained(source / "processor")
-    with staged(output) as folder:
-        for native, module in FIXED_TABLES.items():
-            table = getattr(modules[""].model, module)
-            dtype = next(iter(tensors[""].values())).dtype
+            tensors[prefix][native], names[prefix + native] = tensor, prefix + name
+    dtype = next(iter(stored[""].values())).dtype
+    for native, owner in TABLE_OWNERS.items():
+        if any(group_of(name) == owner for name in tensors[""]):
+            table = getattr(modules[""].model, native.split(".")[0])
             tensors[""][native] = ComputedTensor(table.side, table.width, dtype)
-        with tqdm(
-            total=sum(tensor.nbytes for own in tensors.values() for tensor in own.values()),
-            unit="B",
-            unit_scale=True,
-            desc="Exporting",
-        ) as progress:
-            for prefix, file in (("", "ema.safetensors"), ("vae.", "ae.safetensors")):
-                write_tensors(folder / file, tensors[prefix], None, lambda name, tensor: progress.update(tensor.nbytes))
+
+    # 3. Write.
+    total = sum(tensor.nbytes for own in tensors.values() for tensor in own.values())
+    check_output(output, total, overwrite)
+    tokenizer = AutoTokenizer.from_pretrained(source / "processor")
+    digests = {}
+    with (
+        staged(output) as folder,
+        tqdm(total=total, unit="B", unit_scale=True, desc="Exporting") as progress,
+    ):
+
+        def after(prefix, native, tensor):
+            if name := names.get(prefix + native):
+                shape = modules[prefix].get_parameter(name.removeprefix(prefix)).shape
+                digests[name] = tensor_digest(name, tensor.reshape(shape))
+            progress.update(tensor.nbytes)
+
+        write_tensors(folder / "ema.safetensors", tensors[""], None, functools.partial(after, ""))
+        write_tensors(folder / "ae.safetensors", tensors["vae."], None, functools.partial(after, "vae."))
         (folder / "llm_config.json").write_text(json.dumps(native_llm_config(config), indent=2) + "\n")
         (folder / "vit_config.json").write_text(json.dumps(native_vit_config(config), indent=2) + "\n")
         tokenizer.save_pretrained(folder)
         tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which the original reads
-    return f"Wrote {output}: {len(tensors[''])} model tensors and {len(tensors['vae.'])} of the autoencoder"
+    for prefix, module in modules.items():
+        torch.nn.Module.to(module, next(iter(stored[prefix].values())).dtype)  # for the report
+    table = report.table(modules, checksum=combine_digests(digests)[:16])
+    return f"{table}\nWrote {output}: {len(tensors[''])} model tensors and {len(tensors['vae.'])} of the autoencoder"
 
 
 @dataclass

@@ -133,13 +133,20 @@ def complete_repository(folder: Path, remote_code: bool = True):
             for code in (folder / component).glob("*.py"):
                 code.unlink()
             for file in (folder / component).glob("*config.json"):
-                _write_json(file, {key: value for key, value in _read_json(file).items() if key != "auto_map"})
+                _write_json(file, _without(_read_json(file), "auto_map"))
     _write_json(folder / "model_index.json", index)
 
     for file in (model / "config.json", model / "generation_config.json", *processor.iterdir()):
         if file.is_file() and file.suffix != ".py":
             shutil.copyfile(file, folder / file.name)
     _write_json(folder / INDEX, _root_index(model))
+
+
+def _without(content, key: str):
+    """A copy of a JSON value without one key, at any depth."""
+    if not isinstance(content, dict):
+        return content
+    return {name: _without(value, key) for name, value in content.items() if name != key}
 
 
 def _root_index(model: Path) -> dict:

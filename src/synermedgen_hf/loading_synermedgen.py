@@ -18,8 +18,8 @@ from torch import nn
 # Part -> pattern of its tensors; the first that is found in a name wins. The autoencoder's names start with "vae.".
 PARTS = {
     "autoencoder": r"^vae\.",
-    "generation": r"_moe_gen\b|\bvae2llm\b|\bllm2vae\b|\btime_embedder\b",
-    "vision": r"\bvision_model\b|\bconnector\b",
+    "generation": r"_moe_gen\b|\bvae2llm\b|\bllm2vae\b|\btime_embedder\b|\blatent_pos_embed\b",
+    "vision": r"\bvision_model\b|\bconnector\b|\bvit_pos_embed\b",
     "understanding": r"",
 }
 # What `allow_missing` takes for a part; transformers, PEFT and fnmatch read the same names.
@@ -36,6 +36,7 @@ _WITHOUT = {
     "autoencoder": "it cannot synthesise: every route{routes} passes through it",
 }
 _SHOWN = 8  # names in an error
+_PIECE = 1 << 22  # values hashed at a time
 
 
 def part_of(name: str) -> str:
@@ -53,10 +54,11 @@ def tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
     SHA-256 over name, shape and values of one tensor on the CPU. Floating-point values count as float32, so bfloat16
     weights read as float32 are still the same weights.
     """
-    if tensor.is_floating_point():
-        tensor = tensor.float()
-    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(f"{name} {tuple(tensor.shape)} {hashlib.sha256(values).hexdigest()}".encode()).digest()
+    values, content = tensor.detach().contiguous().reshape(-1), hashlib.sha256()
+    for piece in values.split(_PIECE):  # a float32 copy of the whole would be the largest thing in memory
+        piece = piece.float() if piece.is_floating_point() else piece
+        content.update(piece.view(torch.uint8).numpy())
+    return hashlib.sha256(f"{name} {tuple(tensor.shape)} {content.hexdigest()}".encode()).digest()
 
 
 def combine_digests(digests: dict[str, bytes]) -> str:

@@ -1,0 +1,1 @@
+"""Scans with geometry: reading NIfTI, MHA, NRRD and DICOM into one form."""
