@@ -17,13 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from synermedgen_hf import (
+    REGIONS,
     SynerMedGenConfig,
     SynerMedGenForConditionalGeneration,
     SynerMedGenImageProcessor,
     SynerMedGenPipeline,
     SynerMedGenProcessor,
 )
-from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, MODALITY_QUESTION, REGION_NAMES, make_instruction
+from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, MODALITY_QUESTION, make_instruction
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -54,7 +55,7 @@ def parse_args(argv=None):
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE like Qwen2.5's, with the same special tokens, learned on the sentences the model meets."""
-    regions = [None, *REGION_NAMES]
+    regions = [None, *REGIONS]
     sentences = [
         make_instruction(source, target, region)
         for source, target, region in itertools.product(MODALITY_NAMES, MODALITY_NAMES, regions)

@@ -1,13 +1,16 @@
-"""Make transformers' Auto classes know SynerMedGen without importing torch.
+"""Make transformers' Auto classes know SynerMedGen, and `load_dataset` know "synermed", without importing torch.
 
 `AutoModel.register` wants classes, and our classes want torch, which takes seconds to import. Transformers itself looks
 its models up by name and imports them on use, so we do the same: our names go into its tables as soon as each table is
-loaded, and this package, whose names resolve on use, answers where it looks for the module.
+loaded, and this package, whose names resolve on use, answers where it looks for the module. Datasets keeps such a table
+of the builders packaged with it.
 """
 
+import hashlib
 import importlib.abc
 import importlib.util
 import sys
+from pathlib import Path
 
 _MODEL = "SynerMedGenForConditionalGeneration"
 
@@ -35,14 +38,41 @@ def enter(module):
         getattr(module, table).update(names)
 
 
+def enter_dataset(module):
+    """
+    Put our builder among those packaged with `datasets.load`. A packaged builder is otherwise given all files below
+    `data_dir`, or below the current directory, one by one; ours finds its files itself.
+    """
+    factory = module.PackagedDatasetModuleFactory
+    if getattr(factory, "_knows_synermed", False):
+        return
+    folder = Path(__file__).parent
+    code = b"".join(file.read_bytes() for part in ("data", "volumes") for file in sorted((folder / part).glob("*.py")))
+    version = hashlib.sha256(code).hexdigest()  # of the cache: rows made by other code are made again
+    module._PACKAGED_DATASETS_MODULES["synermed"] = (f"{__package__}.data.synermed", version)
+    get_module = factory.get_module
+
+    def get_synermed_module(self):
+        if self.name != "synermed" or self.data_files is not None:
+            return get_module(self)
+        name, version = module._PACKAGED_DATASETS_MODULES[self.name]
+        nothing = {"data_files": module.DataFilesDict(), "dataset_name": self.name}
+        return module.DatasetModule(name, version, nothing)
+
+    factory.get_module, factory._knows_synermed = get_synermed_module, True
+
+
+AFTER = {**dict.fromkeys(TABLES, enter), "datasets.load": enter_dataset}
+
+
 class _EnterAfter(importlib.abc.MetaPathFinder):
-    """Lets the modules above load as usual, then writes our names into them."""
+    """Lets the modules above load as usual, then does what `AFTER` says."""
 
     def __init__(self):
         self.searching = set()
 
     def find_spec(self, name, path=None, target=None):
-        if name not in TABLES or name in self.searching:
+        if name not in AFTER or name in self.searching:
             return None
         self.searching.add(name)  # the search below must not come back here
         try:
@@ -54,7 +84,7 @@ class _EnterAfter(importlib.abc.MetaPathFinder):
 
             def load_and_enter(module):
                 load(module)
-                enter(module)
+                AFTER[name](module)
 
             spec.loader.exec_module = load_and_enter
         return spec
@@ -82,3 +112,5 @@ def watch():
     sys.meta_path.insert(0, _EnterAfter())
     if any(name in sys.modules for name in TABLES):
         register()
+    if "datasets.load" in sys.modules:
+        enter_dataset(sys.modules["datasets.load"])

@@ -23,7 +23,15 @@ MODALITY_NAMES = {
     "CBCT": "cone-beam CT",
     "PET": "FDG PET",
 }
-REGION_NAMES = {"brain": "brain", "pelvis": "pelvis", "whole-body": "whole body"}
+REGION_NAMES = {
+    "brain": "brain",
+    "pelvis": "pelvis",
+    "whole-body": "whole body",
+    "abdomen": "abdomen",
+    "thorax": "thorax",
+    "head-neck": "head and neck",
+    "heart": "heart",
+}
 # Name of the id in the configuration -> the token of Qwen2.5's vocabulary.
 SPECIAL_TOKENS = {
     "bos_token_id": "<|im_start|>",

@@ -1,8 +1,43 @@
-"""What lies in a folder of scans: which dataset, which patients, which files belong together. (Interfaces first.)"""
+"""What lies in a folder of scans: which dataset, which patients, which files belong together; and one case in memory.
 
+`scan` looks at names alone and is quick; `load_case` reads the files of one case, checks them against each other, and
+repairs or refuses by the rules stated there. Both put what they skip or repair into words: nothing is dropped silently.
+"""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+
+from ..image_processing_synermedgen import SynerMedGenImageProcessor
+from ..processing_synermedgen import MODALITY_NAMES, REGION_NAMES
+from ..volumes.reading import (
+    Volume,
+    extension,
+    read_volume,
+    resample,
+    same_grid,
+    shared_extent,
+    slice_spacing,
+    slices_of,
+)
+
+MODALITIES = tuple(MODALITY_NAMES)
+AXES = {"whole-body": "coronal"}  # every other region: axial
+# What lies outside of the patient, and above what a voxel belongs to the patient.
+BACKGROUND = {"CT": -1024.0, "CBCT": -1024.0}
+BODY_ABOVE = {"CT": -500.0, "CBCT": -500.0, "PET": 0.1}
+MR_BODY_SHARE = 0.05  # of the window's high end
+# Rules of `load_case`.
+MIN_SHARED_EXTENT = 0.5
+MIN_SHARED_BODY = 0.3
+MAX_NAN_SHARE = 0.01
+MAX_SUV = 1000.0
 
 
 @dataclass(frozen=True)
@@ -17,8 +52,10 @@ class CaseRecord:
         region (`str`): `"brain"`, `"pelvis"`, `"whole-body"`, `"abdomen"`, `"thorax"`, `"head-neck"`, `"heart"`.
         axis (`str`): Direction of the slices: `"axial"` or `"coronal"`.
         files (`dict[str, str]`): Modality -> path.
-        mask (`str`, *optional*): Path.
+        mask (`str`, *optional*): Path of a mask of the body, inside of which results count.
+        lesion (`str`, *optional*): Path of labels of tumours or lesions.
         centre (`str`): Hospital or site, for stratified splits; empty if unknown.
+        notes (`tuple[str, ...]`): What was repaired in naming, in words.
     """
 
     dataset: str
@@ -28,7 +65,19 @@ class CaseRecord:
     axis: str
     files: dict[str, str]
     mask: str | None = None
+    lesion: str | None = None
     centre: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Unique over datasets, such as `"synthrad2023/1BA001"`."""
+        return f"{self.dataset}/{self.case_id}"
+
+    @property
+    def paths(self) -> list[str]:
+        """All files of the case."""
+        return [path for path in (*self.files.values(), self.mask, self.lesion) if path]
 
 
 @dataclass
@@ -38,11 +87,13 @@ class LoadedCase:
 
     Args:
         record ([`CaseRecord`]): Where it comes from.
-        images (`dict[str, np.ndarray]`): Modality -> float32 `(slices, rows, columns)` in scanner units (HU, SUV,
-            arbitrary MR units). Axial: anterior up, patient's right on the left. Coronal: head up, right on the left.
-        mask (`np.ndarray`, *optional*): bool, of the same shape.
+        images (`dict[str, np.ndarray]`): Modality -> `(slices, rows, columns)` in scanner units (HU, SUV, arbitrary MR
+            units), float32 or the file's integers. Axial: anterior up, patient's right on the left. Coronal: head up,
+            right on the left.
+        mask (`np.ndarray`, *optional*): bool, of the same shape: the body.
+        lesion (`np.ndarray`, *optional*): bool, of the same shape.
         spacing (`tuple[float, float, float]`): mm between slices, rows and columns.
-        windows (`dict[str, dict]`): Modality -> intensity record (`unit`, `low`, `high`, `scale`) of the volume.
+        windows (`dict[str, dict]`): Modality -> intensity record (`modality`, `unit`, `low`, `high`) of the volume.
         usable (`np.ndarray`): Indices of slices that show enough of the patient, increasing.
         notes (`list[str]`): What was repaired, in words.
     """
@@ -50,7 +101,466 @@ class LoadedCase:
     record: CaseRecord
     images: dict[str, np.ndarray]
     mask: np.ndarray | None
+    lesion: np.ndarray | None
     spacing: tuple[float, float, float]
     windows: dict[str, dict]
     usable: np.ndarray
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    Something that was skipped or repaired.
+
+    Args:
+        kind (`str`): `"skipped"` or `"repaired"`.
+        case (`str`): Name of the case, or empty.
+        path (`str`): The file or folder it is about.
+        reason (`str`): What is wrong, and what was done or can be done.
+    """
+
+    kind: str
+    case: str
+    path: str
+    reason: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which files belong together
+# ---------------------------------------------------------------------------------------------------------------------
+
+SYNTHRAD_2023 = re.compile(r"^[12]([BP])([A-Z])\d{3}$")
+SYNTHRAD_2025 = re.compile(r"^[12](AB|HN|TH)([A-E])(\d{3})$")
+SYNTHRAD_REGIONS = {"B": "brain", "P": "pelvis", "AB": "abdomen", "HN": "head-neck", "TH": "thorax"}
+SYNTHRAD_FILES = {"mr": "MRI", "ct": "CT", "cbct": "CBCT"}
+BRATS_CASE = re.compile(r"^(brats[-_]?(?:\d{2,4}|gli|men|met|ssa|ped|africa)[-_].+)$", re.IGNORECASE)
+BRATS_TIME_POINT = re.compile(r"^(BraTS-[A-Za-z]+-\d+)-\d{3}$")
+BRATS_SITE = re.compile(r"^brats1[89]_([A-Za-z]+\d*)_", re.IGNORECASE)
+BRATS_FILE = re.compile(r"^(?:(.+)[-_])?(t1n|t1ce|t1c|t1gd|t1w|t1|t2w|t2f|t2|flair|fla|seg)$", re.IGNORECASE)
+BRATS_ALIASES = {
+    **dict.fromkeys(("t1", "t1n", "t1w"), "T1"),
+    **dict.fromkeys(("t1ce", "t1c", "t1gd"), "T1CE"),
+    **dict.fromkeys(("t2", "t2w"), "T2"),
+    **dict.fromkeys(("flair", "fla", "t2f"), "FLAIR"),
+    "seg": "seg",
+}
+AUTOPET_FILES = {"suv": "PET", "ctres": "CT", "ct": "CT", "seg": "seg"}
+NNUNET_FILE = re.compile(r"^(fdg|psma)_([^_]+)_(.+)_000([01])$", re.IGNORECASE)
+MYOPS_FILE = re.compile(r"^(myops_(?:training|test)_\d+)_(C0|DE|T2|gd)$", re.IGNORECASE)
+# Balanced SSFP has no name of its own here; late enhancement is a T1-weighted image after contrast.
+MYOPS_FILES = {"c0": "MRI", "de": "T1CE", "t2": "T2"}
+MANIFESTS = ("manifest.csv", "manifest.jsonl")
+
+
+def walk(root: Path) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """Every folder below `root` with the volumes in it, by their names without the extension; hidden ones left out."""
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        volumes = {}
+        for name in sorted(names):
+            ending = extension(name)
+            if ending and not name.startswith("."):
+                # Uncompressed beside compressed: the same scan twice. The compressed one comes later and stays.
+                volumes[name[: -len(ending)]] = Path(folder) / name
+        yield Path(folder), volumes
+
+
+def scan(root: str | Path) -> tuple[list[CaseRecord], list[Problem]]:
+    """
+    Find the cases below a folder, by names alone.
+
+    Known are SynthRAD2023 and 2025, BraTS 2018 to 2023 and later, FDG-PET-CT-Lesions (AutoPET) as NIfTI and in nnU-Net
+    style, MyoPS 2020, and a `manifest.csv` or `manifest.jsonl`; the folder may be a dataset's root or hold several.
+
+    Args:
+        root (`str` or `Path`): A folder, or a manifest.
+
+    Returns:
+        `tuple[list[CaseRecord], list[Problem]]`: Cases by name, and what was not taken, with reasons.
+
+    Raises:
+        `FileNotFoundError`: There is no such folder.
+        `ValueError`: A manifest cannot be read.
+    """
+    root = Path(root).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(f"There is no folder {root}.")
+    if root.is_file():
+        return read_manifest(root)
+    for name in MANIFESTS:
+        if (root / name).exists():
+            return read_manifest(root / name)
+    cases: dict[str, CaseRecord] = {}
+    problems: list[Problem] = []
+    stray = 0
+    for folder, volumes in walk(root):
+        if not volumes:
+            continue
+        found, own = [], []
+        for recognise in (_synthrad, _brats, _autopet, _nnunet, _myops):
+            found, own = recognise(folder, volumes)
+            if found or own:
+                break
+        else:
+            stray += len(volumes)
+        problems += own
+        for case in found:
+            if case.name in cases:
+                first = next(iter(cases[case.name].files.values()))
+                reason = f"a case of this name was found already, in {Path(first).parent}; the first one counts"
+                problems.append(Problem("skipped", case.name, str(folder), reason))
+                continue
+            cases[case.name] = case
+            problems += [Problem("repaired", case.name, str(folder), note) for note in case.notes]
+    if stray:
+        reason = f"{stray} volumes that belong to no known layout; a manifest.csv can say what they are"
+        problems.append(Problem("skipped", "", str(root), reason))
+    return [cases[name] for name in sorted(cases)], problems
+
+
+def _synthrad(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], list[Problem]]:
+    old, new = SYNTHRAD_2023.match(folder.name), SYNTHRAD_2025.match(folder.name)
+    match = new or old
+    files = {SYNTHRAD_FILES[name]: str(path) for name, path in volumes.items() if name in SYNTHRAD_FILES}
+    if not match or not files:
+        return [], []
+    region = SYNTHRAD_REGIONS[match[1]]
+    mask = volumes.get("mask")
+    case = CaseRecord(
+        dataset="synthrad2025" if new else "synthrad2023",
+        case_id=folder.name,
+        patient_id=folder.name,
+        region=region,
+        axis="axial",
+        files=files,
+        mask=None if mask is None else str(mask),
+        centre=match[2],
+    )
+    return [case], []
+
+
+def _brats(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], list[Problem]]:
+    files, problems, notes, prefixes = {}, [], [], set()
+    for name, path in volumes.items():
+        match = BRATS_FILE.match(name)
+        if not match:
+            continue
+        if match[1] and match[1] != folder.name and BRATS_CASE.match(folder.name):
+            reason = f"it lies in the folder of {folder.name} and is named after another patient, {match[1]}"
+            problems.append(Problem("skipped", f"brats/{folder.name}", str(path), reason))
+            continue
+        prefixes.add(match[1])
+        files.setdefault(BRATS_ALIASES[match[2].lower()], str(path))
+    images = {modality: path for modality, path in files.items() if modality != "seg"}
+    named = BRATS_CASE.match(folder.name)
+    if not named and (prefixes != {None} or len(images) < 2):
+        return [], []
+    lesion = files.get("seg")
+    if lesion is None and named:
+        # The public copy of BraTS 2020 names one segmentation after the hospital's own number.
+        odd = [path for name, path in volumes.items() if "seg" in name.lower() and not BRATS_FILE.match(name)]
+        if len(odd) == 1:
+            lesion = str(odd[0])
+            notes.append(f"{odd[0].name} is the only segmentation of its folder and is taken as that")
+    site, time_point = BRATS_SITE.match(folder.name), BRATS_TIME_POINT.match(folder.name)
+    case = CaseRecord(
+        dataset="brats",
+        case_id=folder.name,
+        patient_id=time_point[1] if time_point else folder.name,
+        region="brain",
+        axis="axial",
+        files=images,
+        lesion=lesion,
+        centre=site[1] if site else "",
+        notes=tuple(notes),
+    )
+    return [case] if images else [], problems
+
+
+def _autopet(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], list[Problem]]:
+    names = {name.lower(): path for name, path in volumes.items()}
+    patient = folder.parent.name if folder.parent.name.startswith("PETCT_") else ""
+    if not patient or not names.keys() & {"suv", "ctres", "pet"}:
+        return [], []
+    name = f"autopet/{patient}/{folder.name}"
+    files, problems = {}, []
+    if "suv" in names:
+        files["PET"] = str(names["suv"])
+    elif "pet" in names:
+        reason = "counts in Bq/ml without an SUV.nii.gz: make SUV from the DICOM files first"
+        problems.append(Problem("skipped", name, str(names["pet"]), reason))
+    ct = names.get("ctres", names.get("ct"))
+    if ct is not None:
+        files["CT"] = str(ct)
+    seg = names.get("seg")
+    case = CaseRecord(
+        dataset="autopet",
+        case_id=f"{patient}/{folder.name}",
+        patient_id=patient,
+        region="whole-body",
+        axis="coronal",
+        files=files,
+        lesion=None if seg is None else str(seg),
+    )
+    return [case], problems
+
+
+def _nnunet(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], list[Problem]]:
+    grouped: dict[tuple[str, str, str], dict[str, str]] = {}
+    for name, path in volumes.items():
+        if match := NNUNET_FILE.match(name):
+            key = (match[1].lower(), match[2], match[3])
+            grouped.setdefault(key, {})["CT" if match[4] == "0" else "PET"] = str(path)
+    cases, problems = [], []
+    for (tracer, patient, study), files in grouped.items():
+        if tracer != "fdg":
+            reason = "the tracer is PSMA; PET here is FDG"
+            problems.append(Problem("skipped", f"autopet/{patient}/{study}", next(iter(files.values())), reason))
+            continue
+        label = folder.parent / folder.name.replace("images", "labels") / f"{tracer}_{patient}_{study}.nii.gz"
+        cases.append(
+            CaseRecord(
+                dataset="autopet",
+                case_id=f"{patient}/{study}",
+                patient_id=patient,
+                region="whole-body",
+                axis="coronal",
+                files=files,
+                lesion=str(label) if label.exists() else None,
+            )
+        )
+    return cases, problems
+
+
+def _myops(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], list[Problem]]:
+    grouped: dict[str, dict[str, str]] = {}
+    for name, path in volumes.items():
+        if match := MYOPS_FILE.match(name):
+            grouped.setdefault(match[1], {})[match[2].lower()] = str(path)
+    cases = []
+    for case_id, files in grouped.items():
+        images = {MYOPS_FILES[name]: path for name, path in files.items() if name != "gd"}
+        beside = folder.parent / f"{folder.name}_myops_gd" / f"{case_id}_gd.nii.gz"
+        label = files.get("gd") or (str(beside) if beside.exists() else None)
+        if images:
+            cases.append(CaseRecord("myops2020", case_id, case_id, "heart", "axial", images, lesion=label))
+    # A folder of labels alone belongs to the images beside it.
+    return cases, []
+
+
+def read_manifest(file: str | Path) -> tuple[list[CaseRecord], list[Problem]]:
+    """
+    Own data: a table with one case a row.
+
+    Args:
+        file (`str` or `Path`): CSV or JSON lines. Columns: `case_id`, `region`, one for each modality (`T1`, `T1CE`,
+            `T2`, `FLAIR`, `MRI`, `CT`, `CBCT`, `PET`) with a path or nothing; optionally `patient_id` (by default the
+            case), `mask`, `lesion`, `centre`, `axis`, `dataset`. Paths are relative to the manifest; a path is a
+            volume or a folder with one DICOM series.
+
+    Returns:
+        As [`scan`].
+
+    Raises:
+        `ValueError`: Not a table, or without the columns it needs.
+    """
+    file = Path(file)
+    try:
+        if file.suffix.lower() == ".csv":
+            with file.open(newline="", encoding="utf-8-sig") as lines:
+                rows = list(csv.DictReader(lines))
+        elif file.suffix.lower() in (".jsonl", ".json"):
+            rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        else:
+            raise ValueError(f"{file} is no manifest: CSV or JSON lines are read.")
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} cannot be read as a manifest ({error}).") from error
+    known = {modality.lower(): modality for modality in MODALITIES}
+    cases: dict[str, CaseRecord] = {}
+    problems: list[Problem] = []
+    for number, row in enumerate(rows, start=2 if file.suffix.lower() == ".csv" else 1):
+        row = {str(key).strip().lower(): str(value or "").strip() for key, value in row.items() if key is not None}
+        if absent := [name for name in ("case_id", "region") if name not in row]:
+            raise ValueError(f"{file} lacks the column {' and '.join(absent)}.")
+        if not known.keys() & row.keys():
+            raise ValueError(f"{file} has no column of a modality: {', '.join(MODALITIES)}.")
+        where, case_id = f"{file}, line {number}", row["case_id"]
+        dataset = row.get("dataset") or "own"
+        name = f"{dataset}/{case_id}"
+        reason = None
+        if not case_id:
+            reason = "no case_id"
+        elif name in cases:
+            reason = "a case of this name stands further up; the first one counts"
+        elif row["region"] not in REGION_NAMES:
+            reason = f"unknown region {row['region']!r}; known are {', '.join(REGION_NAMES)}"
+        elif row.get("axis") and row["axis"] not in ("axial", "coronal"):
+            reason = f"unknown axis {row['axis']!r}; known are axial and coronal"
+        files = {known[key]: str(file.parent / value) for key, value in row.items() if key in known and value}
+        if reason is None and not files:
+            reason = "no file of any modality"
+        if reason is not None:
+            problems.append(Problem("skipped", name if case_id else "", where, reason))
+            continue
+        cases[name] = CaseRecord(
+            dataset=dataset,
+            case_id=case_id,
+            patient_id=row.get("patient_id") or case_id,
+            region=row["region"],
+            axis=row.get("axis") or AXES.get(row["region"], "axial"),
+            files=files,
+            mask=str(file.parent / row["mask"]) if row.get("mask") else None,
+            lesion=str(file.parent / row["lesion"]) if row.get("lesion") else None,
+            centre=row.get("centre", ""),
+        )
+    return [cases[name] for name in sorted(cases)], problems
+
+
+def keep_pairs(cases: Iterable[CaseRecord]) -> tuple[list[CaseRecord], list[Problem]]:
+    """Cases with at least two modalities whose files exist; the others as problems."""
+    kept, problems = [], []
+    for case in cases:
+        absent = [path for path in case.paths if not Path(path).exists()]
+        if absent:
+            problems.append(Problem("skipped", case.name, absent[0], "the file does not exist"))
+        elif len(case.files) < 2:
+            path = next(iter(case.files.values()), "")
+            there = ", ".join(case.files) or "nothing"
+            problems.append(Problem("skipped", case.name, path, f"missing modality: there is only {there}, no pair"))
+        else:
+            kept.append(case)
+    return kept, problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One case in memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
+    """
+    Read, check and align the files of one case.
+
+    Rules. Repaired and noted: another grid (resampled linearly, once, onto PET's, else CT's, else the first file's); CT
+    stored from 0 instead of -1024 (nothing is negative: 1024 is subtracted); up to 1 % NaN or infinite voxels
+    (background instead); a mask on another grid or without a voxel (left out). Refused: a volume of one value, or with
+    more NaN; CT or CBCT whose range is not that of Hounsfield units; PET that is no SUV; grids that share less than
+    half of the smaller one's extent, or bodies that share less than 30 % of their union (another patient).
+
+    Args:
+        record ([`CaseRecord`]): At least one file.
+        min_share (`float`, defaults to 0.02): A slice is usable if the body (mask, or what every modality shows) covers
+            this share of the frame.
+
+    Returns:
+        [`LoadedCase`]
+
+    Raises:
+        `ValueError`: The case is refused, with the file and the reason.
+    """
+    notes: list[str] = []
+    volumes = {name: _checked(name, path, notes) for name, path in record.files.items()}
+    reference = next((name for name in ("PET", "CT") if name in volumes), next(iter(volumes)))
+    onto = volumes[reference]
+    for name, volume in volumes.items():
+        if same_grid(volume, onto):
+            continue
+        if (shared := shared_extent(volume, onto)) < MIN_SHARED_EXTENT:
+            raise ValueError(
+                f"{record.files[name]}: it shares {shared:.0%} of its extent with {reference}; the files of a case "
+                "must show the same place of the same patient"
+            )
+        fill = BACKGROUND.get(name, 0.0)
+        notes.append(f"{name} lies on another grid than {reference} and was resampled onto it")
+        volumes[name] = resample(volume, onto, fill)
+    processor = SynerMedGenImageProcessor()
+    windows, bodies = {}, {}
+    for name, volume in volumes.items():
+        low, high = processor.intensity_window(volume.array, name)
+        windows[name] = {"modality": name, "unit": processor.intensity[name]["unit"], "low": low, "high": high}
+        bodies[name] = volume.array > BODY_ABOVE.get(name, low + MR_BODY_SHARE * (high - low))
+    _check_overlap(record, bodies, reference)
+    mask = _read_labels(record.mask, onto, "mask", notes)
+    lesion = _read_labels(record.lesion, onto, "lesion labels", notes)
+
+    def turned(array):
+        return slices_of(Volume(array, onto.affine), record.axis)
+
+    shares = [turned(body).mean((1, 2)) for body in bodies.values()]
+    usable = np.min(shares, axis=0) >= min_share
+    if mask is not None:
+        usable &= turned(mask).mean((1, 2)) >= min_share
+    return LoadedCase(
+        record=record,
+        images={name: turned(volume.array) for name, volume in volumes.items()},
+        mask=None if mask is None else turned(mask),
+        lesion=None if lesion is None else turned(lesion),
+        spacing=slice_spacing(onto, record.axis),
+        windows=windows,
+        usable=np.flatnonzero(usable),
+        notes=notes,
+    )
+
+
+def _checked(name: str, path: str, notes: list[str]) -> Volume:
+    """One volume, its values plausible for its modality."""
+    volume = read_volume(path)
+    array = volume.array
+    if array.dtype.kind == "f":
+        bad = ~np.isfinite(array)
+        if share := float(bad.mean()):
+            if share > MAX_NAN_SHARE:
+                raise ValueError(f"{path}: {share:.0%} of the voxels are NaN or infinite")
+            array = np.where(bad, np.float32(BACKGROUND.get(name, 0.0)), array)
+            notes.append(f"{name} had {int(bad.sum())} NaN or infinite voxels, now background")
+    low, high = float(array.min()), float(array.max())
+    if low == high:
+        raise ValueError(f"{path}: every voxel is {low:g}; the volume is empty")
+    if name in ("CT", "CBCT"):
+        if high - low <= 256:
+            raise ValueError(
+                f"{path}: values from {low:g} to {high:g} are no Hounsfield units (a picture's grey levels?)"
+            )
+        if low >= 0:
+            array = array.astype(np.float32) - np.float32(1024)
+            notes.append(f"{name} was stored from {low:g} to {high:g}; 1024 was subtracted to give Hounsfield units")
+    if name == "PET" and high > MAX_SUV:
+        raise ValueError(f"{path}: values up to {high:g} are no SUV (activity in Bq/ml?); make SUV first")
+    return Volume(array, volume.affine)
+
+
+def _check_overlap(record: CaseRecord, bodies: dict[str, np.ndarray], reference: str):
+    """Another patient's scan under the right name lies on the same grid and does not cover the same body."""
+    step = max(1, min(bodies[reference].shape) // 32)
+    coarse = {name: body[::step, ::step, ::step] for name, body in bodies.items()}
+    for name, body in coarse.items():
+        union = (body | coarse[reference]).sum()
+        shared = (body & coarse[reference]).sum() / union if union else 0.0
+        if name != reference and shared < MIN_SHARED_BODY:
+            raise ValueError(
+                f"{record.files[name]}: the body shares {shared:.0%} with that in {reference}; it seems to be another "
+                "patient or another place"
+            )
+
+
+def _read_labels(path: str | None, onto: Volume, what: str, notes: list[str]) -> np.ndarray | None:
+    """Labels as bool on the case's grid; left out, with a note, if they are of no use."""
+    if path is None:
+        return None
+    try:
+        labels = read_volume(path)
+    except (ValueError, FileNotFoundError) as error:
+        notes.append(f"the {what} was left out: {error}")
+        return None
+    if not same_grid(labels, onto):
+        notes.append(f"the {what} lies on another grid and was left out")
+        return None
+    array = labels.array > 0
+    if what == "mask" and not array.any():
+        notes.append("the mask has no voxel and was left out")
+        return None
+    return array
+
+
+__all__ = ["CaseRecord", "LoadedCase", "Problem", "keep_pairs", "load_case", "read_manifest", "scan"]

@@ -1,0 +1,313 @@
+"""The authors' released SynerMed files as they are: `SynerMed.parquet`, `SynerMed.jsonl` and the pictures in `slice/`.
+
+They hold 8-bit pictures whose windows are unknown, so their unit is the grey level. The Parquet file (generation) names
+neither patients nor modalities: the route is read from the instruction where it says so, and everything is training
+data. The JSON lines (understanding) name their pictures, and with them the patient, by which they are split.
+"""
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+from PIL import Image as PILImage
+
+from .pairs import encode_slice, is_wanted
+from .sources import Problem
+from .splits import SPLITS, hash_unit
+
+PARQUET, JSONL, SLICES = "SynerMed.parquet", "SynerMed.jsonl", "slice"
+RANGE_BYTES = 64 << 20  # of the JSON lines in one shard
+WINDOW = {"unit": "grey level", "low": 0.0, "high": 255.0}
+
+# How texts and folders call a modality; the first that is found wins, so the longer names come first.
+SPELLINGS = (
+    ("T1CE", r"t1[\s_-]?(?:ce|gd|c)\b|contrast[- ]enhanced t1|post[- ]contrast t1|t1[- ]weighted contrast"),
+    ("FLAIR", r"\bt2[\s_-]?flair\b|\bflair\b"),
+    ("CBCT", r"\bcbct\b|cone[- ]beam"),
+    ("T1", r"\bt1\b|\bt1w\b|\bt1n\b"),
+    ("T2", r"\bt2\b|\bt2w\b"),
+    ("PET", r"\bpet\b|\bpet_fdg\b|positron"),
+    ("CT", r"\bct\b|\bct_fdg\b|computed tomography"),
+    ("MRI", r"\bmri?\b|magnetic resonance"),
+)
+REGION_WORDS = (("brain", r"\bbrain|\bhead\b"), ("pelvis", r"\bpelvi"), ("whole-body", r"whole[- ]body"))
+MARKER = "<image>"
+
+
+def find_released(root: str | Path) -> dict[str, str]:
+    """Paths of the released files, `parquet`, `jsonl` and `slices`, in a folder or named directly; empty if none."""
+    root = Path(root).expanduser()
+    if root.is_file():
+        root, named = root.parent, {root.name}
+    else:
+        named = {PARQUET, JSONL}
+    found = {}
+    for key, name in (("parquet", PARQUET), ("jsonl", JSONL)):
+        if name in named and (root / name).is_file():
+            found[key] = str(root / name)
+    if found and (root / SLICES).is_dir():
+        found["slices"] = str(root / SLICES)
+    return found
+
+
+def released_shards(released: dict[str, str], task: str) -> dict[str, list]:
+    """
+    Split -> shards: row groups of the Parquet file, or ranges of bytes of the JSON lines.
+
+    Raises:
+        `ValueError`: The file that this configuration reads is not there.
+    """
+    needed, name = ("parquet", PARQUET) if task == "pairs" else ("jsonl", JSONL)
+    if needed not in released:
+        raise ValueError(f"The configuration {task!r} reads {name}, and there is only {', '.join(released.values())}.")
+    path = released[needed]
+    if task == "pairs":
+        groups = pyarrow.parquet.ParquetFile(path).num_row_groups
+        return {"train": [(path, group) for group in range(groups)]}
+    if "slices" not in released:
+        raise ValueError(f"{path} names pictures in a folder {SLICES}/ beside it, which is not there.")
+    size = os.path.getsize(path)
+    ranges = [(path, start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES)]
+    return {split: list(ranges) for split in SPLITS}
+
+
+def fold_modality(label: str) -> str | None:
+    """One of the eight modalities for any spelling, such as `"T2 (MRI)"` or `"ct_FDG"`; `None` if it names none."""
+    text = label.strip().lower().replace("_fdg", " fdg")
+    return next((modality for modality, pattern in SPELLINGS if re.search(pattern, text)), None)
+
+
+def parse_route(instruction: str) -> tuple[str | None, str | None]:
+    """
+    Source and target of an instruction: the target stands after "to", "into", "generate" or "synthesise", the source
+    after "from" or before "to". `None` for what it does not say.
+    """
+    text = instruction.lower()
+    word = "|".join(f"(?:{pattern})" for _, pattern in SPELLINGS)
+    target = re.search(rf"\b(?:to|into|generate|synthesi[sz]e|produce|create)\b[^.]*?({word})", text)
+    source = re.search(rf"\b(?:from|given|using|of)\b[^.]*?({word})", text) or re.search(
+        rf"({word})[^.]*?\b(?:to|into)\b", text
+    )
+    found = [match and fold_modality(match[1]) for match in (source, target)]
+    if found[0] == found[1]:
+        return None, found[1]
+    return found[0], found[1]
+
+
+def parse_panels(answer: str) -> list[str]:
+    """Modalities of a listing such as `["A" : "CT", "B" : "CBCT"]`, in order, whatever its quotes and brackets."""
+    labels = re.findall(r"[\"']?\b[A-H]\b[\"']?\s*[:=]\s*[\"']?([^\"',\];]+)", answer)
+    return [modality for label in labels if (modality := fold_modality(label))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_generation_rows(
+    shards: list, split: str, config, tasks: tuple, problem: Callable[[Problem], None]
+) -> Iterator[tuple[str, dict]]:
+    """
+    Pairs of the Parquet file, in the columns of the builder. Of the wordings of an instruction one is chosen by a hash
+    of the row; a chain of images gives each step, several sources with one instruction give each source.
+    """
+    for path, group in shards:
+        file = pyarrow.parquet.ParquetFile(path)
+        unsure, number = 0, 0
+        for batch in file.iter_batches(batch_size=16, row_groups=[group], columns=["image_list", "instruction_list"]):
+            for row in batch.to_pylist():
+                name = f"row-{group}-{number}"
+                number += 1
+                try:
+                    images = [_read_grey(data) for data in row["image_list"] or []]
+                    steps = _steps(len(images), row["instruction_list"] or [])
+                except (OSError, ValueError, SyntaxError) as error:
+                    problem(Problem("skipped", f"synermed/{name}", path, f"row group {group}: {error}"))
+                    continue
+                for step, (first, last, wordings) in enumerate(steps):
+                    text = wordings[int(hash_unit(config.seed, name, step) * len(wordings))]
+                    source, target = parse_route(text)
+                    unsure += source is None or target is None
+                    region = next((region for region, word in REGION_WORDS if re.search(word, text.lower())), "")
+                    if not is_wanted(source, target, region, config.routes):
+                        continue
+                    yield (
+                        f"{name}/{step}",
+                        {
+                            "source_image": encode_slice(images[first]),
+                            "target_image": encode_slice(images[last]),
+                            "source_modality": source or "",
+                            "target_modality": target or "",
+                            "region": region,
+                            "axis": "",
+                            "slice_index": -1,
+                            "spacing": [0.0, 0.0, 0.0],
+                            "dataset": "synermed",
+                            "case_id": name,
+                            "patient_id": "",
+                            "centre": "",
+                            "mask": None,
+                            "lesion": None,
+                            "source_window": WINDOW,
+                            "target_window": WINDOW,
+                            "instruction": text,
+                        },
+                    )
+        if unsure:
+            reason = f"row group {group}: {unsure} instructions do not name source and target; left empty"
+            problem(Problem("repaired", "", path, reason))
+
+
+def _read_grey(data: bytes | dict):
+    """Grey levels of an encoded picture, `(rows, columns)`."""
+    data = data["bytes"] if isinstance(data, dict) else data
+    return np.asarray(PILImage.open(io.BytesIO(data)).convert("L"))
+
+
+def _steps(count: int, instructions: list) -> list[tuple[int, int, list[str]]]:
+    """`(source, target, wordings)` of the images of one row."""
+    instructions = [[one] if isinstance(one, str) else list(one) for one in instructions]
+    if count < 2 or not instructions or not all(instructions):
+        raise ValueError(f"{count} images and {len(instructions)} instructions make no pair")
+    if len(instructions) == count - 1:
+        return [(place, place + 1, wordings) for place, wordings in enumerate(instructions)]
+    if len(instructions) == 1:
+        return [(place, count - 1, instructions[0]) for place in range(count - 1)]
+    raise ValueError(f"{count} images do not go with {len(instructions)} instructions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Understanding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_understanding_rows(
+    shards: list, split: str, config, tasks: tuple, problem: Callable[[Problem], None]
+) -> Iterator[tuple[str, dict]]:
+    """Questions of the JSON lines, in the columns of the builder; the file is streamed, never read whole."""
+    for path, start, end in shards:
+        slices = Path(path).parent / SLICES
+        counts: Counter = Counter()
+        with open(path, "rb") as lines:
+            lines.seek(max(start - 1, 0))
+            if start:
+                lines.readline()  # up to the first line that begins in this range
+            while (offset := lines.tell()) < end:
+                line = lines.readline()
+                if not line.strip():
+                    continue
+                try:
+                    row, notes = _understanding_row(json.loads(line), slices, offset)
+                    patient = row["patient_id"] or f"line-{offset}"
+                    if _split_of(patient, config) != split or row["task"] not in (*tasks, *([""] * (len(tasks) == 3))):
+                        continue
+                    row = _with_pictures(row, slices)
+                except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                    # A line that cannot be read has no patient: said once, by the first split.
+                    if split == SPLITS[0]:
+                        problem(Problem("skipped", "", f"{path}, byte {offset}", f"{error}" or type(error).__name__))
+                    continue
+                counts.update(notes)
+                yield f"{split}/{offset}", row
+        for note, count in counts.items():
+            problem(Problem("repaired", "", f"{path}, bytes {start} to {end}, {split}", f"{count} rows: {note}"))
+
+
+def _split_of(patient: str, config) -> str:
+    place, edge = hash_unit(config.split_seed, patient), 0.0
+    for split, ratio in zip(SPLITS, config.split_ratios, strict=True):
+        edge += ratio
+        if place < edge:
+            return split
+    return SPLITS[-1]
+
+
+def _understanding_row(line: dict, slices: Path, offset: int) -> tuple[dict, list[str]]:
+    """One line without its pictures read, and what was repaired in it."""
+    notes = []
+    names = [line["image"]] if isinstance(line["image"], str) else list(line["image"])
+    if not names:
+        raise ValueError("the row names no image")
+    turns = [(turn["from"], turn["value"]) for turn in line["conversations"]]
+    if not any(role == "gpt" for role, _ in turns):
+        raise ValueError("the row has no answer (a turn of gpt)")
+    markers = sum(value.count(MARKER) for role, value in turns if role == "human")
+    if markers == 1 and len(names) > 1:
+        turns = [(role, value.replace(MARKER, MARKER * len(names))) for role, value in turns]
+        notes.append("one image marker for several images was repeated")
+    elif markers == 0:
+        first = next(place for place, (role, _) in enumerate(turns) if role == "human")
+        turns[first] = ("human", MARKER * len(names) + turns[first][1])
+        notes.append("without image markers: images were put in front")
+    elif markers != len(names):
+        raise ValueError(f"{markers} image markers for {len(names)} images")
+    question = next(value for role, value in turns if role == "human").replace(MARKER, "").strip()
+    answer = next(value for role, value in turns if role == "gpt").strip()
+    panels = parse_panels(answer)
+    if len(panels) >= 2:
+        task, listing = "MI", ", ".join(f"{letter}: {panel}" for letter, panel in zip("ABCDEFGH", panels, strict=False))
+        if listing != answer:
+            notes.append("the listing of panels was written in one form")
+        answer = listing
+    elif len(names) == 5:
+        task = "CTS"
+    elif len(names) == 2:
+        task = "TIA"
+    else:
+        task = ""
+    turns = [(role, answer if role == "gpt" else value) for role, value in turns]
+    pair = line.get("pair") or {}
+    source, target = (fold_modality(str(pair.get(key) or "")) for key in ("src", "tgt"))
+    if source is None or target is None:
+        source, target = fold_modality(Path(names[0]).parent.name), fold_modality(Path(names[-1]).parent.name)
+    stem = Path(names[0]).stem
+    patient = str(line.get("case_id") or re.sub(r"[_-]s?\d+$", "", stem))
+    numbers = re.findall(r"\d+", stem)
+    slice_index = line.get("slice_idx", numbers[-1] if numbers else -1)
+    return {
+        "images": names,
+        "messages": [_message(role, value) for role, value in turns],
+        "task": task,
+        "question": question,
+        "options": ["A", "B", "C", "D"] if task in ("CTS", "TIA") else [],
+        "answer": answer,
+        "route": f"{source}-{target}" if source and target and source != target else "",
+        "difficulty": "",
+        "region": "",
+        "dataset": "synermed",
+        "case_id": patient,
+        "patient_id": patient,
+        "slice_index": int(slice_index),
+        "index": offset,
+    }, notes
+
+
+def _message(role: str, value: str) -> dict:
+    """A turn as TRL reads it: markers become images, the rest text."""
+    content = []
+    for place, text in enumerate(value.split(MARKER)):
+        if place:
+            content.append({"type": "image", "text": None})
+        if text.strip():
+            content.append({"type": "text", "text": text.strip()})
+    return {"role": "user" if role == "human" else "assistant", "content": content}
+
+
+def _with_pictures(row: dict, slices: Path) -> dict:
+    """The row with the bytes of its pictures, all of them from below `slices`."""
+    pictures = []
+    for name in row["images"]:
+        file = (slices / name).resolve()
+        if not file.is_relative_to(slices.resolve()):
+            raise ValueError(f"{name} points out of {SLICES}/")
+        if not file.is_file():
+            raise ValueError(f"there is no picture {name} in {SLICES}/")
+        pictures.append({"bytes": file.read_bytes(), "path": None})
+    return {**row, "images": pictures}

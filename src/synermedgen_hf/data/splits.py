@@ -1,0 +1,100 @@
+"""Who goes into which split, by patient, and the report of what was skipped or repaired: two small files."""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from .sources import CaseRecord, Problem
+
+SPLITS = ("train", "validation", "test")
+
+
+def hash_unit(*parts) -> float:
+    """A number in [0, 1) that depends on nothing but the parts."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_patients(cases: list[CaseRecord], ratios: tuple[float, ...], seed: int) -> dict[str, str]:
+    """
+    Patient (`dataset/patient_id`) -> split. All cases of a patient go together; within every centre of every dataset
+    and region, patients are ranked by a hash and shared out by the ratios.
+
+    Raises:
+        `ValueError`: The ratios are not three numbers of at least 0 with the sum 1.
+    """
+    if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
+        raise ValueError(f"split_ratios must be three numbers of at least 0 that add up to 1, got {ratios}.")
+    strata: dict[tuple, list[str]] = defaultdict(list)
+    seen = set()
+    for case in sorted(cases, key=lambda case: case.name):
+        patient = f"{case.dataset}/{case.patient_id}"
+        if patient not in seen:
+            seen.add(patient)
+            strata[case.dataset, case.region, case.centre].append(patient)
+    # Every patient gives each split its ratio of credit, and goes where there is most: shares come out right over all
+    # and, to within one patient, in every stratum, however small.
+    assigned, credit = {}, np.zeros(len(SPLITS))
+    for stratum in sorted(strata):
+        for patient in sorted(strata[stratum], key=lambda patient: (hash_unit(seed, patient), patient)):
+            credit += ratios
+            place = int(credit.argmax())
+            credit[place] -= 1
+            assigned[patient] = SPLITS[place]
+    return assigned
+
+
+def write_splits(path: Path, assigned: dict[str, str], ratios, seed: int):
+    """`splits.json`: who went where, with a checksum of each split."""
+    content = {"seed": seed, "ratios": list(ratios), "splits": {}}
+    for split in SPLITS:
+        patients = sorted(patient for patient, where in assigned.items() if where == split)
+        checksum = hashlib.sha256("\n".join(patients).encode()).hexdigest()
+        content["splits"][split] = {"patients": patients, "count": len(patients), "sha256": checksum}
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_splits(path: str | Path, cases: list[CaseRecord]) -> dict[str, str]:
+    """
+    The splits of an earlier build.
+
+    Raises:
+        `ValueError`: The file was changed (a checksum does not fit), puts a patient into two splits, or lacks one.
+    """
+    content = json.loads(Path(path).read_text())
+    assigned = {}
+    for split, entry in content["splits"].items():
+        if hashlib.sha256("\n".join(entry["patients"]).encode()).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{path}: the checksum of {split} does not fit its patients; the file was changed.")
+        for patient in entry["patients"]:
+            if patient in assigned:
+                raise ValueError(f"{path}: {patient} is in {assigned[patient]} and in {split}.")
+            assigned[patient] = split
+    absent = sorted({f"{case.dataset}/{case.patient_id}" for case in cases} - assigned.keys())
+    if absent:
+        raise ValueError(f"{path} lacks {len(absent)} patients of this data, such as {absent[0]}.")
+    return assigned
+
+
+def write_whole(path: Path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def add_problem(path: str, problem: Problem):
+    """Append to a report, from any process: one short line is written at once."""
+    with open(path, "a", encoding="utf-8") as report:
+        report.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
+
+
+def read_report(path: str | Path) -> list[Problem]:
+    """What was skipped or repaired, each once: a stream that is read twice says it twice."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return list(dict.fromkeys(Problem(**json.loads(line)) for line in lines))

@@ -1,0 +1,306 @@
+"""`load_dataset("synermed", ...)`: pairs and understanding tasks from the scans people have.
+
+    import synermedgen_hf                                             # registers the name
+    load_dataset("synermed", data_dir="/data/SynthRAD2023")           # pairs, both directions
+    load_dataset("synermed", "understanding", data_dir="/data", streaming=True)
+    load_dataset("synermed", "phantom")                               # simulated patients, no data needed
+
+A case is the unit of everything: it is read once, its rows follow one another, it belongs to one split, it is one shard
+of a stream, and if it is bad, it is skipped with a reason. Splits go by patient. What was skipped or repaired, and who
+went into which split, is written to a folder that is named when the dataset is built.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets import Features, Image, List, Value
+
+from .pairs import PAIR_FEATURES, pair_rows
+from .phantom import PROTOCOLS, SPLIT_SEEDS, simulate_case
+from .released import find_released, read_generation_rows, read_understanding_rows, released_shards
+from .sources import CaseRecord, LoadedCase, Problem, keep_pairs, load_case, scan
+from .splits import SPLITS, add_problem, hash_unit, read_report, read_splits, split_patients, write_splits, write_whole
+from .understanding import TaskSampler
+
+logger = datasets.utils.logging.get_logger(__name__)
+
+UNDERSTANDING_FEATURES = Features(
+    {
+        "images": List(Image()),  # 8-bit, over the windows of their volumes
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "task": Value("string"),  # CTS, MI or TIA
+        "question": Value("string"),
+        "options": List(Value("string")),
+        "answer": Value("string"),
+        "route": Value("string"),  # such as brain/MRI-CT
+        "difficulty": Value("string"),  # easy or hard
+        "region": Value("string"),
+        "dataset": Value("string"),
+        "case_id": Value("string"),
+        "patient_id": Value("string"),
+        "slice_index": Value("int32"),
+        "index": Value("int64"),  # in the order of the split, skipped ones counted
+    }
+)
+TASKS = {"understanding": ("CTS", "TIA", "MI"), "cts": ("CTS",), "mi": ("MI",), "tia": ("TIA",)}
+
+
+@dataclass
+class SynerMedConfig(datasets.BuilderConfig):
+    """
+    Options of `load_dataset("synermed", name, ...)`.
+
+    Args:
+        name (`str`): `"pairs"` (default), `"understanding"` (all three tasks), `"cts"`, `"mi"`, `"tia"`, `"phantom"`
+            (pairs of simulated patients).
+        data_dir (`str`): A dataset's root or a folder of several; known layouts are listed in
+            [`~synermedgen_hf.data.sources.scan`]. Or `data_files="manifest.csv"` for own data.
+        strict (`bool`, defaults to `False`): Raise for the first bad case instead of skipping it.
+        routes (`list[str]`, *optional*): Only these, such as `"MRI-CT"` or `"brain/MRI-CT"`.
+        slice_step (`int`, defaults to 1): Every so many usable slices of a case (pairs).
+        min_share (`float`, defaults to 0.02): Smallest share of the frame that the body must cover.
+        split_ratios (`tuple`, defaults to `(0.8, 0.1, 0.1)`): Of patients, within every centre of every dataset.
+        split_seed (`int`, defaults to 0): Another one draws other patients.
+        split_file (`str`, *optional*): A `splits.json` of an earlier build, to use its splits.
+        report_dir (`str`, *optional*): Where `splits.json` and `report.jsonl` go; by default into the cache.
+        seed, per_case, candidates, descriptions, panels, neighbours, min_gap_mm, difficulty, mix: Of the tasks; see
+            [`~synermedgen_hf.data.understanding.TaskSampler`].
+        phantom_cases (`int`, defaults to 0): Simulated patients per protocol and split instead of files.
+        phantom_slices, phantom_size (`int`): Slices per patient, pixels of the longer side.
+    """
+
+    task: str = "pairs"
+    strict: bool = False
+    routes: list[str] | None = None
+    slice_step: int = 1
+    min_share: float = 0.02
+    split_ratios: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_seed: int = 0
+    split_file: str | None = None
+    report_dir: str | None = None
+    seed: int = 0
+    per_case: int = 32
+    candidates: int = 4
+    descriptions: int = 4
+    panels: int = 4
+    neighbours: int = 8
+    min_gap_mm: float = 4.0
+    difficulty: str = "hard"
+    mix: dict[str, float] | None = None
+    phantom_cases: int = 0
+    phantom_slices: int = 8
+    phantom_size: int = 128
+
+    def create_config_id(self, config_kwargs: dict, custom_features=None) -> str:
+        """The name of the cache: options, and names, sizes and times of all files."""
+        self.find_cases()
+        state = hashlib.sha256(repr([asdict(case) for case in self.cases]).encode())
+        for path in sorted(path for case in self.cases for path in case.paths) + sorted(self.released.values()):
+            status = os.stat(path)
+            state.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        base = super().create_config_id({**config_kwargs, "files": state.hexdigest()}, custom_features)
+        return base
+
+    def find_cases(self):
+        """Look for cases by name, or say what to pass."""
+        self.cases, self.problems, self.released = [], [], {}
+        if self.phantom_cases:
+            return
+        files = [str(file) for split in (self.data_files or {}).values() for file in split]
+        roots = [self.data_dir] if self.data_dir else files
+        if not roots:
+            raise ValueError(
+                'load_dataset("synermed", ...) needs the scans: pass data_dir="/path/to/SynthRAD2023" (or BraTS, '
+                'AutoPET, a folder of several), or data_files="manifest.csv" for your own. '
+                'load_dataset("synermed", "phantom") needs none.'
+            )
+        for root in roots:
+            self.released |= find_released(root)
+        if self.released:
+            return
+        for root in roots:
+            cases, problems = scan(root)
+            self.cases += cases
+            self.problems += problems
+        self.cases, more = keep_pairs(self.cases)
+        self.problems += more
+        skipped = [problem for problem in self.problems if problem.kind == "skipped"]
+        if self.strict and skipped:
+            raise ValueError(f"{skipped[0].path}: {skipped[0].reason}")
+        if not self.cases:
+            seen = "; ".join(f"{one.path}: {one.reason}" for one in self.problems[:3]) or "the folder is empty"
+            raise ValueError(f"There is no pair of scans below {', '.join(roots)} ({seen}).")
+
+
+def phantom_records(split: str, count: int) -> list[CaseRecord]:
+    """Simulated patients as records: no files, the seed is in the name."""
+    first = SPLIT_SEEDS[split]
+    return [
+        CaseRecord(
+            dataset=f"phantom-{protocol}",
+            case_id=f"{region}-{seed}",
+            patient_id=f"{region}-{seed}",
+            region=region,
+            axis="coronal" if region == "whole-body" else "axial",
+            files={name: "" for name in modalities},
+        )
+        for (region, protocol), modalities in PROTOCOLS.items()
+        for seed in range(first, first + count)
+    ]
+
+
+def load_phantom_case(record: CaseRecord, num_slices: int, size: int) -> LoadedCase:
+    """A simulated patient in the form of [`load_case`]."""
+    from ..image_processing_synermedgen import SynerMedGenImageProcessor
+
+    protocol = record.dataset.removeprefix("phantom-")
+    case = simulate_case(record.region, protocol, int(record.case_id.rsplit("-", 1)[1]), num_slices, size)
+    processor, windows = SynerMedGenImageProcessor(), {}
+    for name, volume in case.images.items():
+        low, high = processor.intensity_window(volume, name)
+        windows[name] = {"modality": name, "unit": processor.intensity[name]["unit"], "low": low, "high": high}
+    usable = np.flatnonzero(case.mask.mean((1, 2)) >= 0.02)
+    return LoadedCase(record, case.images, case.mask, case.lesion, case.spacing, windows, usable)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The builder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SynerMed(datasets.GeneratorBasedBuilder):
+    """See the head of this file and [`SynerMedConfig`]."""
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = SynerMedConfig
+    BUILDER_CONFIGS = [
+        SynerMedConfig(name="pairs", description="Source and target slices in scanner units, both directions"),
+        SynerMedConfig(name="understanding", task="understanding", description="CTS, MI and TIA made from the pairs"),
+        SynerMedConfig(name="cts", task="cts", description="Which slice belongs to this one"),
+        SynerMedConfig(name="mi", task="mi", description="Which modality is it"),
+        SynerMedConfig(name="tia", task="tia", description="What does the change of modality change"),
+        SynerMedConfig(name="phantom", phantom_cases=20, description="Pairs of simulated patients"),
+    ]
+    DEFAULT_CONFIG_NAME = "pairs"
+    # A row holds two float32 slices; the default of 1000 rows would hold half a gigabyte.
+    DEFAULT_WRITER_BATCH_SIZE = 50
+
+    def _info(self):
+        features = PAIR_FEATURES if self.config.task == "pairs" else UNDERSTANDING_FEATURES
+        return datasets.DatasetInfo(description=self.config.description or "", features=features)
+
+    def _split_generators(self, dl_manager):
+        config = self.config
+        folder = Path(config.report_dir or Path(self._cache_dir_root) / "synermed-reports" / self.config_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        report = folder / "report.jsonl"
+        write_whole(report, "")
+        for problem in config.problems:
+            add_problem(str(report), problem)
+        self.report_file = report
+        common = {"report": str(report)}
+        if config.released:
+            return [
+                datasets.SplitGenerator(name, {"shards": shards, "split": name, **common})
+                for name, shards in released_shards(config.released, config.task).items()
+            ]
+        if config.phantom_cases:
+            by_split = {split: phantom_records(split, config.phantom_cases) for split in SPLITS}
+        else:
+            if config.split_file:
+                assigned = read_splits(config.split_file, config.cases)
+            else:
+                assigned = split_patients(config.cases, config.split_ratios, config.split_seed)
+            write_splits(folder / "splits.json", assigned, config.split_ratios, config.split_seed)
+            by_split = {split: [] for split in SPLITS}
+            for case in config.cases:
+                by_split[assigned[f"{case.dataset}/{case.patient_id}"]].append(case)
+            datasets_found = Counter(case.dataset for case in config.cases)
+            skipped = sum(problem.kind == "skipped" for problem in config.problems)
+            found = ", ".join(f"{count} {name}" for name, count in datasets_found.items())
+            logger.warning(
+                f"SynerMed: {len(config.cases)} cases ({found}), {len(assigned)} patients; {skipped} things skipped by "
+                f"name. Splits and report: {folder}"
+            )
+        generators = []
+        for split, cases in by_split.items():
+            if not cases:
+                continue
+            # Neighbours in the table are of different datasets and centres, as far as there are several.
+            table = tuple(sorted(cases, key=lambda case: (hash_unit(config.split_seed, case.name), case.name)))
+            arguments = {"shards": list(range(len(table))), "split": split, "table": table, **common}
+            generators.append(datasets.SplitGenerator(split, arguments))
+        return generators
+
+    def _generate_examples(self, shards, split, report, table=()):
+        config = self.config
+        if config.released:
+            read = read_generation_rows if config.task == "pairs" else read_understanding_rows
+            tasks = TASKS.get(config.task, ())
+            yield from read(shards, split, config, tasks, partial(self._problem, report))
+            return
+        if config.task == "pairs":
+            for place in shards:
+                case = self._load(report, table[place])
+                if case is not None:
+                    yield from pair_rows(case, config.routes, config.slice_step)
+            return
+        mix = {"mix": config.mix} if config.mix else {}
+        sampler = TaskSampler(
+            len(table),
+            lambda place: self._load(report, table[place]),
+            tasks=TASKS[config.task],
+            seed=config.seed,
+            per_case=config.per_case,
+            candidates=config.candidates,
+            descriptions=config.descriptions,
+            panels=config.panels,
+            neighbours=config.neighbours,
+            min_gap_mm=config.min_gap_mm,
+            difficulty=config.difficulty,
+            **mix,
+        )
+        for place in shards:
+            for index in range(place * config.per_case, (place + 1) * config.per_case):
+                row = sampler[index]
+                if row is not None:
+                    yield f"{split}/{index}", row
+
+    def _load(self, report: str, record: CaseRecord) -> LoadedCase | None:
+        """A case, or `None` with a line in the report."""
+        config = self.config
+        if config.phantom_cases:
+            return load_phantom_case(record, config.phantom_slices, config.phantom_size)
+        try:
+            case = load_case(record, config.min_share)
+            if len(case.usable) == 0:
+                raise ValueError(f"no slice shows the patient on at least {config.min_share:.0%} of the frame")
+        except ImportError:
+            raise  # nothing is wrong with the case
+        except Exception as error:  # whatever one file makes a reader do, the other cases are wanted
+            path = next(iter(record.files.values()))
+            self._problem(report, Problem("skipped", record.name, path, f"{error}" or type(error).__name__))
+            return None
+        for note in case.notes:
+            self._problem(report, Problem("repaired", record.name, next(iter(record.files.values())), note))
+        return case
+
+    def _problem(self, report: str, problem: Problem):
+        if self.config.strict and problem.kind == "skipped":
+            raise ValueError(f"{problem.case}: {problem.reason}")
+        add_problem(report, problem)
+
+    def _download_and_prepare(self, *args, **kwargs):
+        super()._download_and_prepare(*args, **kwargs)
+        counts = Counter(problem.kind for problem in read_report(self.report_file))
+        if counts:
+            said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            logger.warning(f"SynerMed: {said}; reasons in {self.report_file}")

@@ -1,0 +1,172 @@
+"""Scans from files into one form: float32 voxels in scanner units on RAS+ axes, with the affine that places them.
+
+nibabel reads NIfTI, SimpleITK reads MHA, NRRD and DICOM series; both are brought to the same axes here, so that nothing
+above this file has to know where a scan came from.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import nibabel.processing
+import numpy as np
+
+NIFTI = (".nii", ".nii.gz")
+ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+EXTENSIONS = NIFTI + ITK
+
+
+@dataclass
+class Volume:
+    """
+    Args:
+        array (`np.ndarray`): `(x, y, z)`; the axes grow to the patient's right, front and head as nearly as the grid
+            allows. float32, or the file's own integers where it needs no scaling.
+        affine (`np.ndarray`): `(4, 4)`, voxel index to mm in RAS+.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """mm along x, y, z."""
+        return tuple(float(side) for side in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+
+def extension(path: str | Path) -> str:
+    """`".nii.gz"`, `".mha"`, ...; empty for what is no file of a volume."""
+    name = str(path).lower()
+    return next((ending for ending in sorted(EXTENSIONS, key=len, reverse=True) if name.endswith(ending)), "")
+
+
+def read_volume(path: str | Path) -> Volume:
+    """
+    Read one scan.
+
+    Args:
+        path (`str` or `Path`): `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd`, or a folder with one DICOM series.
+
+    Returns:
+        [`Volume`]
+
+    Raises:
+        `ValueError`: Not a volume, damaged, not three-dimensional, or without a usable affine.
+        `FileNotFoundError`: There is no such file.
+        `ImportError`: SimpleITK is needed and not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if not path.is_dir() and not extension(path):
+        raise ValueError(f"{path} is not a volume: known are {', '.join(EXTENSIONS)} and folders of one DICOM series.")
+    volume = _read_nifti(path) if extension(path) in NIFTI else _read_itk(path)
+    shape, affine = volume.array.shape, volume.affine
+    if volume.array.ndim != 3 or min(shape) < 1:
+        raise ValueError(f"{path} has shape {shape}: a volume of three dimensions is needed.")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise ValueError(f"{path} has no usable affine: its axes do not span space.")
+    return volume
+
+
+def same_grid(one: Volume, other: Volume, tolerance_mm: float = 1e-3) -> bool:
+    """Whether every voxel of two volumes lies at the same place."""
+    if one.array.shape != other.array.shape:
+        return False
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * (*one.array.shape, 1)
+    return bool(np.abs(corners @ (one.affine - other.affine).T).max() <= tolerance_mm * max(one.array.shape))
+
+
+def shared_extent(one: Volume, other: Volume) -> float:
+    """Overlap of the boxes of two volumes in space, as a share of the smaller one's."""
+    boxes = []
+    for volume in (one, other):
+        corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+        corners = (corners * (*np.subtract(volume.array.shape, 1), 1)) @ volume.affine.T
+        boxes.append((corners[:, :3].min(0), corners[:, :3].max(0)))
+    (low_a, high_a), (low_b, high_b) = boxes
+    common = np.clip(np.minimum(high_a, high_b) - np.maximum(low_a, low_b), 0, None)
+    smaller = min(np.prod(np.maximum(high_a - low_a, 1e-6)), np.prod(np.maximum(high_b - low_b, 1e-6)))
+    return float(np.prod(common) / smaller)
+
+
+def resample(volume: Volume, onto: Volume, fill: float) -> Volume:
+    """A volume on the grid of another one, linearly interpolated; `fill` where it does not reach."""
+    image = nibabel.Nifti1Image(np.asarray(volume.array, np.float32), volume.affine)
+    grid = (onto.array.shape, onto.affine)
+    moved = nibabel.processing.resample_from_to(image, grid, order=1, mode="constant", cval=fill)
+    return Volume(np.asarray(moved.dataobj, np.float32), onto.affine)
+
+
+def slices_of(volume: Volume, axis: str) -> np.ndarray:
+    """
+    A view of a volume as `(slices, rows, columns)` the way a radiologist looks at them.
+
+    Args:
+        volume ([`Volume`]): Any.
+        axis (`str`): `"axial"`: from the feet up, anterior at the top, the patient's right on the left; `"coronal"`:
+            from back to front, the head at the top, the patient's right on the left.
+    """
+    if axis == "axial":
+        return volume.array[::-1, ::-1].transpose(2, 1, 0)
+    return volume.array[::-1, :, ::-1].transpose(1, 2, 0)
+
+
+def slice_spacing(volume: Volume, axis: str) -> tuple[float, float, float]:
+    """mm between slices, rows and columns of [`slices_of`]."""
+    x, y, z = volume.spacing
+    return (z, y, x) if axis == "axial" else (y, z, x)
+
+
+def _read_nifti(path: Path) -> Volume:
+    try:
+        image = nibabel.load(path)
+        if len(image.shape) > 3 and all(side == 1 for side in image.shape[3:]):
+            image = image.slicer[(slice(None),) * 3 + (0,) * (len(image.shape) - 3)]
+        if len(image.shape) != 3:
+            raise ValueError(f"{path} has shape {image.shape}: a volume of three dimensions is needed.")
+        orientation = nibabel.io_orientation(image.affine)
+        array = np.asanyarray(image.dataobj)  # keeps integers where no scaling is needed
+    except (nibabel.filebasedimages.ImageFileError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: it is damaged or not complete ({error}).") from error
+    if np.isnan(orientation).any():
+        raise ValueError(f"{path} has no usable affine: its axes do not span space.")
+    affine = image.affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
+    return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)), affine)
+
+
+def _read_itk(path: Path) -> Volume:
+    try:
+        import SimpleITK as sitk
+    except ImportError:
+        raise ImportError(f"Reading {path.name} needs SimpleITK: pip install 'synermedgen-hf[dicom]'.") from None
+    try:
+        if path.is_dir():
+            series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+            if len(series) != 1:
+                raise ValueError(f"{path} holds {len(series)} DICOM series: name a folder with exactly one.")
+            reader = sitk.ImageSeriesReader()
+            reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]))
+            image = reader.Execute()
+        else:
+            image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path} cannot be read: it is damaged or not complete ({reason}).") from error
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(f"{path} is no volume of three dimensions with one value a voxel.")
+    array = sitk.GetArrayViewFromImage(image).transpose(2, 1, 0)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    affine = np.diag([-1, -1, 1, 1]) @ affine  # LPS to RAS
+    orientation = nibabel.io_orientation(affine)
+    affine = affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
+    return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)).copy(), affine)
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Native integers of up to 16 bits as they are, anything else as float32."""
+    if array.dtype.kind in "iu" and array.dtype.itemsize <= 2:
+        return array
+    return array.astype(np.float32)
