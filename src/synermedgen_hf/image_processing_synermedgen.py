@@ -100,6 +100,25 @@ def unpatchify(tokens: torch.Tensor, grid_hw: tuple[int, int], patch: int) -> to
     return image.permute(4, 0, 2, 1, 3).reshape(-1, rows * patch, columns * patch)
 
 
+def _foreground_percentile(array: np.ndarray, low: float, percentile: float) -> float | None:
+    """The percentile of the values above `low`; `None` if there are none. Volumes of 16 bits are counted, not sorted."""
+    if array.dtype not in (np.int16, np.uint16) or low < 0:
+        foreground = array[array > low]
+        return float(np.percentile(foreground, percentile)) if foreground.size else None
+    counts = np.bincount(array.ravel("K").view(np.uint16), minlength=1 << 16)
+    counts[: int(low) + 1] = 0
+    if array.dtype == np.int16:
+        counts[1 << 15 :] = 0  # the negative ones
+    upto = np.cumsum(counts)
+    if upto[-1] == 0:
+        return None
+    place = percentile / 100 * (upto[-1] - 1)
+    first, share = int(place), place - int(place)
+    below, above = np.searchsorted(upto, [first, min(first + 1, upto[-1] - 1)], side="right")
+    # As numpy interpolates, to the last bit.
+    return float(above - (above - below) * (1 - share) if share >= 0.5 else below + (above - below) * share)
+
+
 def square_padding(height: int, width: int) -> list[int]:
     """The centred padding `[top, bottom, left, right]` that makes `height x width` a square; it never crops."""
     side = max(height, width)
@@ -350,11 +369,11 @@ class SynerMedGenImageProcessor(PilBackend):
         spec = self._spec(modality)
         if "high" in spec:
             return spec["low"], spec["high"]
-        foreground = np.asarray(array)[np.asarray(array) > spec["low"]]
-        if foreground.size == 0:
+        high = _foreground_percentile(np.asarray(array), spec["low"], spec["percentile"])
+        if high is None:
             logger.warning_once(f"A {modality} without foreground has no scale of its own: reference_high is used.")
             return spec["low"], spec["reference_high"]
-        return spec["low"], float(np.percentile(foreground, spec["percentile"]))
+        return spec["low"], high
 
     def encode_intensity(
         self, array: np.ndarray, modality: str | None, window: tuple[float, float] | None = None

@@ -25,8 +25,8 @@ PAIR_FEATURES = Features(
         "case_id": Value("string"),
         "patient_id": Value("string"),
         "centre": Value("string"),  # empty where unknown
-        "mask": Image(),  # 0 and 255: the body; None where there is none
-        "lesion": Image(),  # 0 and 255; None where there is none
+        "mask": Image(),  # mode 1, so an array of bool: the body; None where there is none
+        "lesion": Image(),  # mode 1; None where there is none
         "source_window": WINDOW,  # of the whole volume: what an MR slice must be scaled by
         "target_window": WINDOW,
         "instruction": Value("string"),
@@ -42,10 +42,11 @@ def encode_slice(array: np.ndarray) -> dict:
 
 
 def encode_mask(array: np.ndarray | None) -> dict | None:
+    """A mask of one slice as the bytes of a PNG of one bit a pixel."""
     if array is None:
         return None
     buffer = io.BytesIO()
-    PILImage.fromarray(np.ascontiguousarray(array, np.uint8) * 255).save(buffer, "PNG", compress_level=1)
+    PILImage.fromarray(np.ascontiguousarray(array, bool)).save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
 

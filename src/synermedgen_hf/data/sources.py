@@ -487,10 +487,10 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
     def turned(array):
         return slices_of(Volume(array, onto.affine), record.axis)
 
-    shares = [turned(body).mean((1, 2)) for body in bodies.values()]
-    usable = np.min(shares, axis=0) >= min_share
-    if mask is not None:
-        usable &= turned(mask).mean((1, 2)) >= min_share
+    within = (0, 1) if record.axis == "axial" else (0, 2)
+    areas = [np.count_nonzero(body, axis=within) for body in (*bodies.values(), *([] if mask is None else [mask]))]
+    frame = np.prod([onto.array.shape[side] for side in within])
+    usable = np.min(areas, axis=0) >= min_share * frame
     return LoadedCase(
         record=record,
         images={name: turned(volume.array) for name, volume in volumes.items()},

@@ -1,0 +1,590 @@
+"""The patients of the digital phantom: what tissue lies where, in fractions per pixel, and how it is called.
+
+The scanners that look at them are in [`synermedgen_hf.data.phantom`]. The brain is the MNI grey and white matter atlas
+of the nilearn package, deformed per subject and wrapped in a modelled skull; everything else is drawn from soft-edged
+ellipsoids deformed by smooth noise.
+"""
+
+import logging
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+logger = logging.getLogger(__name__)
+
+# HU | proton density, T1 ms, T2 ms at 1.5 T | T1, T2 at 3 T | SUV | gadolinium mM
+# HU: Schneider 2000 PMB 45:459. T1/T2: Stanisz 2005 MRM 54:507, de Bazelaire 2004 Radiology 230:652, Bojorquez 2017
+# MRI 35:69, Gold 2004 AJR 183:343. SUV: Wang 2007, Boellaard 2015. Abdominal HU are portal-venous, as in AutoPET.
+TISSUES = {
+    "air": (-1000, 0.0, 1000, 50, 1000, 50, 0.0, 0.0),
+    "csf": (8, 1.00, 4200, 1800, 4300, 1500, 0.5, 0.0),
+    "grey matter": (39, 0.84, 950, 95, 1400, 90, 9.0, 0.06),
+    "white matter": (29, 0.72, 640, 74, 850, 69, 3.2, 0.03),
+    "cortical bone": (1450, 0.04, 250, 0.5, 223, 0.4, 0.4, 0.0),
+    "marrow": (300, 0.80, 380, 95, 480, 85, 1.5, 0.05),
+    "fat": (-105, 0.95, 290, 160, 370, 130, 0.3, 0.02),
+    "muscle": (55, 0.80, 1010, 44, 1412, 40, 0.6, 0.12),
+    "skin": (25, 0.75, 850, 40, 1100, 36, 0.5, 0.15),
+    "blood": (45, 0.35, 1440, 150, 1930, 110, 1.7, 1.3),
+    "dura": (60, 0.60, 1000, 60, 1300, 50, 1.2, 0.9),
+    "urine": (6, 1.00, 3500, 1500, 3800, 1200, 22.0, 0.0),
+    "prostate": (42, 0.88, 1320, 98, 1600, 90, 1.5, 0.25),
+    "bowel": (35, 0.85, 1000, 80, 1300, 70, 1.6, 0.2),
+    "liver": (105, 0.80, 580, 46, 810, 38, 2.3, 0.3),
+    "spleen": (115, 0.85, 1060, 79, 1330, 65, 1.9, 0.3),
+    "kidney": (150, 0.86, 970, 87, 1140, 76, 3.2, 0.5),
+    "lung": (-790, 0.15, 1000, 40, 1200, 35, 0.5, 0.1),
+    "myocardium": (115, 0.80, 1030, 45, 1470, 42, 6.5, 0.3),
+    "disc": (70, 0.70, 1000, 80, 1200, 70, 0.8, 0.0),
+    "necrosis": (17, 0.95, 2600, 420, 3000, 380, 2.0, 0.0),
+    "enhancing rim": (42, 0.90, 1400, 130, 1700, 115, 9.5, 0.85),
+    "oedema": (17, 0.92, 1300, 170, 1650, 150, 2.6, 0.02),
+    "nodule": (60, 0.85, 1200, 90, 1500, 80, 9.0, 0.4),
+}
+NAMES = list(TISSUES)
+LUT = np.array(list(TISSUES.values()), dtype=np.float32)
+
+
+class Tissue:
+    """
+    Tissue fractions of a stack of slices, painted one soft-edged structure over another.
+
+    Args:
+        shape (`tuple[int, ...]`): `(slices, height, width)`.
+        names (`list[str]`): What can be painted; all is air at first.
+
+    Attributes:
+        fractions (`np.ndarray`): float32 `(tissues, slices, height, width)`, summing to 1 over tissues.
+        structures (`dict[str, np.ndarray]`): Name such as `"liver"` to bool `(slices, height, width)`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], names: list[str] = NAMES):
+        self.names = names
+        self.fractions = np.zeros((len(names), *shape), np.float32)
+        self.fractions[names.index("air")] = 1
+        self.structures: dict[str, np.ndarray] = {}
+        self._painted = {names.index("air")}
+
+    def paint(self, name: str, cover: np.ndarray, structure: str | None = None):
+        """Cover by `cover` in [0, 1] whatever lies there; where it is the larger part, it belongs to `structure`."""
+        uncovered = 1 - cover
+        for index in self._painted:
+            self.fractions[index] *= uncovered
+        self.fractions[self.names.index(name)] += cover
+        self._painted.add(self.names.index(name))
+        if structure is not None:
+            self.mark(structure, cover > 0.5)
+
+    def mark(self, structure: str, inside: np.ndarray, within: str | None = None):
+        """Add to `structure` and take away from all others, except from the one that it is a part of."""
+        for name, other in self.structures.items():
+            if name not in (structure, within):
+                other &= ~inside
+        self.structures[structure] = inside | self.structures.get(structure, False)
+
+    def mix(self, values: np.ndarray) -> np.ndarray:
+        """One value per tissue to an image."""
+        return np.tensordot(values.astype(np.float32), self.fractions, 1)
+
+
+def soft(distance_mm: np.ndarray, edge_mm: float) -> np.ndarray:
+    """Signed distance (positive inside) to coverage, with an edge about one pixel wide."""
+    return (1 / (1 + np.exp(np.clip(-4 * distance_mm / edge_mm, -30, 30)))).astype(np.float32)
+
+
+def smooth_noise(rng: np.random.Generator, shape, sigma) -> np.ndarray:
+    """Gaussian-filtered noise of unit standard deviation."""
+    noise = ndimage.gaussian_filter(rng.standard_normal(shape).astype(np.float32), sigma, mode="wrap")
+    return noise / (noise.std() + 1e-9)
+
+
+def ellipsoid(points, centre, radii) -> np.ndarray:
+    """Approximate signed distance in mm (positive inside) of points `(x, y, z)` to an axis-aligned ellipsoid."""
+    scaled = [(p - c) / r for p, c, r in zip(points, centre, radii, strict=True)]
+    return (1 - np.sqrt(sum(s * s for s in scaled) + 1e-9)) * min(radii)
+
+
+@lru_cache(maxsize=1)
+def brain_atlas() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Grey matter, white matter, signed distance to the brain's envelope in mm, and the affine of their 2 mm grid."""
+    try:
+        from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
+    except ImportError:
+        logger.warning("nilearn is not installed: the phantom's brain is drawn from ellipsoids (pip install nilearn).")
+        return _drawn_brain()
+    grey, white = load_mni152_gm_template(resolution=2), load_mni152_wm_template(resolution=2)
+    grey_map = np.clip(np.asarray(grey.dataobj, np.float32), 0, 1)
+    white_map = np.clip(np.asarray(white.dataobj, np.float32), 0, 1)
+    return grey_map, white_map, _envelope(grey_map + white_map > 0.3), grey.affine
+
+
+def _envelope(brain: np.ndarray) -> np.ndarray:
+    """Signed distance in mm (2 mm voxels, positive inside) to the brain closed over its sulci by 30 mm."""
+    padded = np.pad(brain, 20)
+    grown = ndimage.distance_transform_edt(~padded) <= 7.5
+    closed = ndimage.distance_transform_edt(grown) > 7.5
+    closed |= padded
+    distance = ndimage.distance_transform_edt(closed) - ndimage.distance_transform_edt(~closed)
+    return 2 * ndimage.gaussian_filter(distance[20:-20, 20:-20, 20:-20].astype(np.float32), 1.5)
+
+
+def _drawn_brain() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What [`brain_atlas`] returns, from ellipsoids: a noise-folded cortex around white matter and two ventricles."""
+    affine = np.array([[2.0, 0, 0, -98], [0, 2, 0, -134], [0, 0, 2, -72], [0, 0, 0, 1]])
+    points = np.indices((99, 117, 95), dtype=np.float32)
+    x, y, z = (2 * points[i] + affine[i, 3] for i in range(3))
+    outer = ellipsoid((x, y, z), (0, -18, 12), (68, 86, 62))
+    folds = smooth_noise(np.random.default_rng(0), outer.shape, 2.0)
+    ventricles = ellipsoid((np.abs(x), y, z), (12, -12, 16), (7, 30, 14))
+    cortex = 6 + 3 * folds
+    inside, deep, wet = soft(outer - 2, 2), soft(outer - 2 - cortex, 2), soft(ventricles, 2)
+    return inside * (1 - deep) * (1 - wet), deep * (1 - wet), outer, affine
+
+
+class Grid(NamedTuple):
+    """Where the pixels of a stack of slices lie in the patient, in mm, each array `(slices, height, width)`."""
+
+    x: np.ndarray
+    y: np.ndarray
+    z: np.ndarray
+    pixel: float
+    between: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    @property
+    def mirrored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates folded over the midline, to draw what comes in pairs."""
+        return np.abs(self.x), self.y, self.z
+
+    def noise(self, rng: np.random.Generator, sigma_mm: float) -> np.ndarray:
+        """Smooth noise of the same coarseness in mm whatever the pixel and the distance of slices."""
+        within = sigma_mm / self.pixel
+        return smooth_noise(rng, self.shape, (sigma_mm / self.between, within, within))
+
+    def warped(self, rng: np.random.Generator, shift_mm: float, sigma_mm: float) -> "Grid":
+        """The same grid with every point displaced smoothly, which deforms whatever is drawn on it."""
+        return self._replace(**{a: getattr(self, a) + shift_mm * self.noise(rng, sigma_mm) for a in ("x", "y", "z")})
+
+
+def brain_anatomy(
+    rng: np.random.Generator,
+    z_mm: np.ndarray,
+    between: float,
+    size: int,
+    tumour: bool,
+    growth: float = 1.0,
+    tumour_z: tuple[float, float] | None = None,
+) -> tuple[Tissue, np.ndarray, np.ndarray, float]:
+    """
+    One head in axial slices.
+
+    Args:
+        rng (`np.random.Generator`): The subject.
+        z_mm (`np.ndarray`): Heights of the slices, mm in MNI space.
+        between (`float`): mm from slice to slice.
+        size (`int`): Rows and columns of a field of view of 240 mm.
+        tumour (`bool`): With a tumour: necrotic core, enhancing rim, oedema and mass effect.
+        growth (`float`, defaults to 1): Factor of the tumour's radius, to see the same patient later.
+        tumour_z (`tuple[float, float]`, *optional*): Heights between which its centre lies, by default those of the
+            slices.
+
+    Returns:
+        `(tissue, brain, lesion, pixel)`: brain coverage in [0, 1], tumour as bool, pixel in mm.
+    """
+    grey_map, white_map, envelope_map, affine = brain_atlas()
+    pixel, half = 240 / size, (size - 1) / 2
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
+    shape = (len(z_mm), size, size)
+    # In MNI space x grows to the patient's right, which is shown on the left; the head's middle lies at y = -16.
+    x = np.broadcast_to((half - columns) * pixel, shape)
+    y = np.broadcast_to((half - rows) * pixel - 16, shape)
+    z = np.broadcast_to(z_mm[:, None, None], shape).astype(np.float32)
+
+    # Size, pose and a smooth deformation of the subject.
+    scale = 1 / rng.normal(1, 0.035, 3)
+    nod, tilt, turn = np.deg2rad(rng.normal(0, 3, 3))
+    xr, yr = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
+    yr, zr = yr - np.sin(nod) * z, z + np.sin(nod) * y + np.sin(tilt) * x
+    points = np.stack([xr * scale[0], yr * scale[1], zr * scale[2]])
+    # Neighbouring nodes of the lattice lie 30 mm apart: smoothed, or the skull would be dented rather than shaped.
+    lattice = ndimage.gaussian_filter(rng.standard_normal((3, 9, 10, 9)), (0, 1, 1, 1), mode="nearest")
+    lattice = (lattice - lattice.mean((1, 2, 3), keepdims=True)) * 4.5 / lattice.std()
+    where = [(points[i] + span / 2) / span * (n - 1) for i, (span, n) in enumerate(((240, 9), (260, 10), (240, 9)))]
+    points = points + np.stack([ndimage.map_coordinates(field, where, order=3, mode="nearest") for field in lattice])
+    points = points.astype(np.float32)
+    grid = Grid(*points, pixel, between)
+
+    if tumour:
+        lowest, highest = tumour_z or (z_mm.min(), z_mm.max())
+        place = rng.choice([-1, 1]) * rng.uniform(18, 42), rng.uniform(-55, 30), rng.uniform(lowest, highest)
+        radius = rng.uniform(10, 24) * growth
+        offset = points - np.array(place, np.float32)[:, None, None, None]
+        from_centre = np.sqrt((offset**2).sum(0)) + 1e-6
+        lesion_distance = radius - from_centre + 3 * grid.noise(rng, 7)
+        # Mass effect: tissue around the lesion is pushed outwards, so it is looked up nearer to the centre.
+        points = points - offset / from_centre * (0.35 * radius * np.exp(-((from_centre / (1.8 * radius)) ** 2)))
+
+    to_voxel = np.linalg.inv(affine)
+    voxels = (to_voxel[:3, :3] @ points.reshape(3, -1) + to_voxel[:3, 3:]).reshape(3, *shape)
+
+    def sample(volume, outside):
+        return ndimage.map_coordinates(volume, voxels, order=1, mode="constant", cval=outside).astype(np.float32)
+
+    grey, white, depth = sample(grey_map, 0), sample(white_map, 0), sample(envelope_map, -60)
+    brain = soft(depth, pixel)
+    # The atlas is a mean of 152 heads and blurred by their differences; squaring its shares gives one head's edges.
+    fluid = np.clip(1 - grey - white, 0, 1)
+    total = grey**2 + white**2 + fluid**2 + 1e-6
+    grey, white = grey**2 / total * brain, white**2 / total * brain
+
+    # Shells around the brain, their thickness varying smoothly: meninges, skull, scalp.
+    wobble = 1 + 0.2 * np.clip(grid.noise(rng, 24), -1.5, 1.5)
+    outside = -depth
+    gap, table, skin = 2.5, 2.0, 2.0
+    skull = gap + 2 * table + rng.uniform(3, 6) * wobble
+    surface = skull + 1.5 + rng.uniform(2, 6) * wobble + skin
+    under_skin = soft(surface - skin - outside, pixel)
+    tissue = Tissue(shape)
+    tissue.paint("skin", soft(surface - outside, pixel))
+    tissue.paint("fat", under_skin)
+    tissue.paint("muscle", soft(skull + 1.5 - outside, pixel))
+    temporal = soft(ellipsoid(grid.mirrored, (70, 5, -5), (16, 38, 38)), pixel)
+    tissue.paint("muscle", temporal * under_skin * soft(outside - skull, pixel))
+    tissue.paint("cortical bone", soft(skull - outside, pixel), "bone")
+    tissue.paint("marrow", soft(skull - table - outside, pixel))
+    tissue.paint("cortical bone", soft(gap + table - outside, pixel))
+    sinus = ellipsoid(grid[:3], (rng.normal(0, 3), 74, -8), (rng.uniform(12, 26), 9, rng.uniform(10, 20)))
+    tissue.paint("air", soft(sinus, pixel) * soft(outside - gap - 1, pixel) * soft(skull - 1 - outside, pixel), "airway")
+    tissue.paint("dura", soft(gap - outside, pixel), "meninges")
+    tissue.paint("csf", soft(gap - 1 - outside, pixel))
+    falx = soft(1 - np.abs(grid.x), pixel) * soft(75 - np.abs(grid.y + 10), 5) * soft(grid.z - 20 + 25 * (y < -40), 8)
+    tissue.paint("dura", falx * brain)
+    sagittal_sinus = soft(4 - np.hypot(grid.x, grid.y + 88 - 0.3 * grid.z), pixel)
+    tissue.paint("blood", sagittal_sinus * soft(outside + 8, 4))
+    # White first, enlarged by what grey then takes away from it, so that both end up with their own shares.
+    tissue.paint("white matter", np.clip(white / np.maximum(1 - grey, 1e-3), 0, 1))
+    tissue.paint("grey matter", grey)
+    tissue.mark("brain", brain > 0.5)
+    tissue.paint("blood", soft(grid.noise(rng, 2.2) - 2.4, 1) * brain * (1 - white))
+
+    lesion = np.zeros(shape, bool)
+    if tumour:
+        oedema = soft(lesion_distance + 12 + 3 * grid.noise(rng, 9), 4) * brain
+        tissue.paint("oedema", oedema * np.clip(0.15 + white, 0, 1) * 0.9)
+        tissue.paint("enhancing rim", soft(lesion_distance, pixel) * brain)
+        tissue.paint("necrosis", soft(lesion_distance - rng.uniform(2.5, 4.5), pixel) * brain)
+        lesion = (lesion_distance > 0) & (brain > 0.5)
+        # Oedema counts where it is the larger part of the white matter, as one would outline it.
+        tissue.mark("oedema", (oedema > 0.5) & (white > 0.4), within="brain")
+        tissue.mark("enhancing rim", lesion, within="brain")
+        necrosis = tissue.fractions[NAMES.index("necrosis")] > 0.5
+        tissue.mark("necrosis", necrosis & lesion, within="brain")
+    return tissue, brain, lesion, pixel
+
+
+# Muscles of one half of the pelvis, mm from the middle between the femoral heads: centre and radii.
+PELVIC_MUSCLES = (
+    ((80, -60, 15), (64, 36, 110)),  # gluteus maximus
+    ((126, -8, 55), (32, 56, 66)),  # gluteus medius
+    ((66, 26, 70), (34, 26, 80)),  # iliacus and psoas
+    ((82, 38, 0), (21, 15, 48)),  # iliopsoas before the hip
+    ((28, 84, 70), (30, 10, 100)),  # rectus abdominis
+    ((118, -22, -45), (36, 42, 50)),  # vastus lateralis
+    ((60, 18, -50), (38, 34, 42)),  # adductors
+    ((12, 0, -52), (20, 34, 24)),  # perineum
+    ((56, 45, -14), (22, 14, 26)),  # pectineus
+    ((106, 46, -10), (20, 17, 66)),  # rectus femoris and sartorius
+    ((132, 22, -8), (15, 30, 56)),  # tensor fasciae latae
+    ((52, -8, -2), (11, 34, 38)),  # obturator internus
+    ((60, -50, 40), (36, 12, 24)),  # piriformis
+    ((30, -94, 100), (27, 16, 60)),  # erector spinae
+)
+
+
+def pelvis_anatomy(
+    rng: np.random.Generator, z_mm: np.ndarray, between: float, size: int
+) -> tuple[Tissue, np.ndarray, float]:
+    """
+    One male pelvis in axial slices.
+
+    Args:
+        rng (`np.random.Generator`): The subject.
+        z_mm (`np.ndarray`): Heights of the slices, mm above the femoral heads.
+        between (`float`): mm from slice to slice.
+        size (`int`): Columns of a field of view of 430 mm; there are three quarters as many rows.
+
+    Returns:
+        `(tissue, body, pixel)`: the body as bool, pixel in mm.
+    """
+    pixel, height = 430 / size, 3 * size // 4
+    rows, columns = np.mgrid[0:height, 0:size].astype(np.float32)
+    shape = (len(z_mm), height, size)
+    build = rng.normal(1, 0.06)
+    grid = Grid(
+        np.broadcast_to((columns - (size - 1) / 2) * pixel, shape) / build,
+        np.broadcast_to(((height - 1) / 2 - rows) * pixel, shape) / build,
+        np.broadcast_to(z_mm[:, None, None], shape).astype(np.float32),
+        pixel,
+        between,
+    ).warped(rng, 4, 30)
+    x, y, z = grid[:3]
+    ax = np.abs(x)
+    tissue = Tissue(shape)
+
+    def jitter(spread: float) -> float:
+        return rng.normal(0, spread)
+
+    width, depth = 178 + jitter(8), 112 + jitter(8)
+    body = (1 - (np.abs(x / width) ** 2.5 + np.abs(y / depth) ** 2.5) ** 0.4) * depth
+    thigh = np.hypot((ax - 88) / 88, y / 95)
+    body = np.where(z < -60, (1 - thigh) * 88, body)
+    cleft = 22 * np.exp(-((x / 9) ** 2)) * soft(-55 - y, 20) * soft(30 - z, 20)
+    body = body - cleft
+    fat = rng.uniform(9, 26) * (1 + 0.35 * soft(-y - 30, 60))
+    ragged = 3 * grid.noise(rng, 9)
+    tissue.paint("skin", soft(body, pixel))
+    tissue.paint("fat", soft(body - 2.5, pixel))
+    wall = soft(body - fat + ragged, pixel)
+
+    for centre, radii in PELVIC_MUSCLES:
+        centre = [c + jitter(3) for c in centre]
+        radii = [r * (1.06 + jitter(0.06)) for r in radii]
+        muscle = ellipsoid(grid.mirrored, centre, radii) + ragged
+        # A thin plane of fat parts each muscle from those it lies upon.
+        tissue.paint("fat", soft(muscle + 2.2, pixel) * wall)
+        tissue.paint("muscle", soft(muscle, pixel) * wall)
+    tissue.paint("fat", soft(grid.noise(rng, 4) - 2.1, 0.8) * 0.7 * wall)
+
+    # Peritoneal space: bowel above, organs below.
+    cavity = soft(ellipsoid(grid[:3], (0, 12, 80), (76, 56, 95)), pixel)
+    loops = grid.noise(rng, 11)
+    tissue.paint("fat", cavity * soft(z - 25, 12))
+    tissue.paint("bowel", cavity * soft(loops + 0.3, 0.6) * soft(z - 40, 10))
+    tissue.paint("air", cavity * soft(loops - 1.7, 0.5) * soft(z - 45, 10) * soft(y - 10, 20))
+
+    fill = rng.uniform(0.65, 1.25)
+    bladder = ellipsoid(grid[:3], (jitter(3), 30 + jitter(4), 32), (42 * fill, 31 * fill, 34 * fill))
+    tissue.paint("bowel", soft(bladder + 3.5, pixel), "bladder")
+    tissue.paint("urine", soft(bladder, pixel))
+    grow = rng.uniform(0.8, 1.3)
+    prostate = ellipsoid(grid[:3], (0, 12 + jitter(2), -12), (24 * grow, 19 * grow, 20 * grow))
+    tissue.paint("prostate", soft(prostate, pixel), "prostate")
+    tissue.paint("prostate", soft(ellipsoid(grid.mirrored, (14, -12, 12), (20, 6, 9)), pixel) * 0.8, "seminal vesicles")
+    bend = 6 * np.sin(z / 30 + jitter(1))
+    radius = rng.uniform(12, 19)
+    tissue.paint("bowel", soft(radius - np.hypot(x - bend, y + 40), pixel), "rectum")
+    gas = soft(radius * rng.uniform(0.2, 0.75) - np.hypot(x - bend, y + 38), pixel)
+    tissue.paint("air", gas * soft(z - jitter(20), 10))
+    beside = 52 + 0.12 * z
+    tissue.paint("blood", soft(6 - np.hypot(ax - beside, y - 56 + 0.35 * z), pixel))
+    tissue.paint("blood", soft(5.5 - np.hypot(ax - beside + 12, y - 51 + 0.35 * z), pixel))
+
+    def bone(distance, cortex):
+        tissue.paint("cortical bone", soft(distance, pixel), "bone")
+        tissue.paint("marrow", soft(distance - cortex, pixel))
+
+    hip = 90 + jitter(3)
+    # The iliac wing runs from the sacrum (behind, near the midline) outwards to the front.
+    lean = -0.5 + jitter(0.05)
+    across, along = ax - (hip - 4 + 0.2 * z), y + 10
+    across, along = across * np.cos(lean) + along * np.sin(lean), along * np.cos(lean) - across * np.sin(lean)
+    blade = (1 - np.hypot(across / 8.5, along / (50 + 0.15 * z))) * 8.5
+    bone(np.minimum(blade, z - 24), 2.2)
+    bone(ellipsoid(grid.mirrored, (44, -38, -24), (15, 20, 32)), 2.2)
+    bone(ellipsoid(grid.mirrored, (30, 54, -4), (28, 9, 15)), 2)
+    bone(ellipsoid(grid.mirrored, (40, 28, -28), (9, 34, 9)), 2)
+    from_head = np.sqrt((ax - hip) ** 2 + y**2 + z**2)
+    socket = np.minimum(np.minimum(36 - from_head, from_head - 20), np.minimum(hip + 4 - ax + 0.3 * z, 30 + z))
+    bone(socket, 2.2)
+    tissue.paint("muscle", soft(27 - from_head, pixel))
+    bone(ellipsoid(grid.mirrored, (hip + 20, -3, -12), (27, 14, 15)), 2.2)
+    bone(24.5 - from_head, 1)
+    bone(ellipsoid(grid.mirrored, (hip + 34, -6, -24), (17, 19, 28)), 2.5)
+    bone(np.minimum(15 - np.hypot(ax - hip - 28, y + 2), -30 - z), 5.5)
+    sacrum = (1 - np.hypot(x / (30 + 0.2 * np.clip(z, 0, 100)), (y + 74 - 0.1 * (z - 60)) / 20)) * 20
+    bone(np.minimum(sacrum, z - 16), 2)
+    tissue.paint("fat", soft(4 - np.hypot(ax - 20, y + 70), pixel) * soft(z - 20, 5))
+    tissue.paint("csf", soft(7 - np.hypot(x, y + 84), pixel) * soft(z - 45, 5))
+    bone(ellipsoid(grid[:3], (0, -66, 6), (11, 9, 14)), 1.8)
+    return tissue, body > 0, pixel
+
+
+def body_anatomy(
+    rng: np.random.Generator, y_mm: np.ndarray, between: float, size: int
+) -> tuple[Tissue, np.ndarray, np.ndarray, float]:
+    """
+    One patient from the head to the thighs in coronal slices.
+
+    Args:
+        rng (`np.random.Generator`): The subject.
+        y_mm (`np.ndarray`): Places of the slices, mm in front of the trunk's middle.
+        between (`float`): mm from slice to slice.
+        size (`int`): Rows of a field of view of 900 mm; there are nine sixteenths as many columns.
+
+    Returns:
+        `(tissue, body, lesion, pixel)`: the body and the FDG-avid nodules as bool, pixel in mm.
+    """
+    pixel, columns_wide = 900 / size, 9 * size // 16
+    rows, columns = np.mgrid[0:size, 0:columns_wide].astype(np.float32)
+    shape = (len(y_mm), size, columns_wide)
+    build, height = rng.normal(1, 0.07), rng.normal(1, 0.03)
+    # The patient's right on the left, head up, z from the thighs.
+    grid = Grid(
+        np.broadcast_to((columns - (columns_wide - 1) / 2) * pixel, shape) / build,
+        np.broadcast_to(y_mm[:, None, None], shape).astype(np.float32) / build,
+        np.broadcast_to(((size - 1) / 2 - rows) * pixel, shape) / height + 472,
+        pixel,
+        between,
+    )
+    return *draw_body(rng, grid, rng, y_mm), pixel
+
+
+def draw_body(
+    rng: np.random.Generator,
+    grid: Grid,
+    nodule_rng: np.random.Generator,
+    nodule_y_mm: np.ndarray,
+    arms_raised: float = 0.3,
+) -> tuple[Tissue, np.ndarray, np.ndarray]:
+    """
+    Whole body on any grid of `x` to the patient's left, `y` to the front and `z` up from the thighs.
+
+    Args:
+        rng (`np.random.Generator`): The subject.
+        grid ([`Grid`]): Where the pixels lie.
+        nodule_rng (`np.random.Generator`): The FDG-avid nodules, which change from visit to visit.
+        nodule_y_mm (`np.ndarray`): Their possible depths.
+        arms_raised (`float`, defaults to 0.3): Probability that the arms are out of the picture, above the head.
+
+    Returns:
+        `(tissue, body, lesion)`: body and nodules as bool.
+    """
+    grid = grid.warped(rng, 5, 35)
+    x, y, z = grid[:3]
+    ax, pixel, shape = np.abs(x), grid.pixel, grid.shape
+    tissue = Tissue(shape)
+
+    def jitter(spread: float) -> float:
+        return rng.normal(0, spread)
+
+    levels = [0, 90, 140, 200, 300, 400, 520, 600, 650, 675, 700, 720]
+    wide = np.interp(z, levels, [158, 168, 176, 172, 150, 158, 168, 172, 165, 110, 58, 52])
+    deep = np.interp(z, levels, [85, 95, 105, 108, 100, 108, 112, 105, 85, 68, 58, 55])
+    trunk = (1 - np.sqrt((x / wide) ** 2 + (y / deep) ** 2 + 1e-9)) * np.minimum(wide, deep)
+    trunk = np.minimum(trunk, 725 - z)
+    legs = np.minimum(80 - np.hypot(ax - 84, y), 100 - z)
+    trunk = np.where(z < 60, legs, np.where(z < 100, np.maximum(legs, trunk), trunk))
+    head = ellipsoid(grid[:3], (0, 5, 795), (74, 92, 100))
+    raised = rng.random() < arms_raised
+    arm_x = np.interp(z, [150, 600], [wide.max() + 34, wide.max() + 20])
+    arm = np.full(shape, -99.0) if raised else np.minimum(33 - np.hypot(ax - arm_x, y), np.minimum(z - 130, 640 - z))
+    body = np.maximum(np.maximum(trunk, head), arm)
+    fat = rng.uniform(8, 26)
+    tissue.paint("skin", soft(body, pixel))
+    tissue.paint("fat", soft(body - 3, pixel))
+    tissue.paint("muscle", soft(np.maximum(trunk - fat, arm - 9), pixel))
+    tissue.paint("fat", soft(np.minimum(ellipsoid(grid[:3], (0, 12, 300), (128, 78, 170)), trunk - fat - 8), pixel))
+
+    loops = grid.noise(rng, 14)
+    gut = soft(ellipsoid(grid[:3], (0, 25, 250), (105, 62, 105)), pixel)
+    tissue.paint("bowel", gut * soft(loops + 0.2, 0.6))
+    tissue.paint("air", gut * soft(loops - 1.9, 0.5))
+
+    # Lungs stand on the domes of the diaphragm.
+    diaphragm = 455 + jitter(8) - 0.004 * (ax - 70) ** 2 - 0.15 * x + 5 * grid.noise(rng, 35)
+    lungs = ellipsoid(grid.mirrored, (78 + jitter(3), -4, 520 + jitter(6)), (64, 88, 138 + jitter(8)))
+    lungs = np.minimum(lungs, z - diaphragm)
+    tissue.paint("lung", soft(lungs, pixel), "lungs")
+    vessels = grid.noise(rng, 7) + 1.2 * np.exp(-((ax - 35) ** 2) / 1500) - 2.2
+    tissue.paint("blood", soft(vessels, 0.8) * soft(lungs - 3, pixel) * 0.7)
+    tissue.paint("fat", soft(ellipsoid(grid[:3], (0, 5, 560), (34, 60, 90)), pixel), "mediastinum")
+    heart = np.array([26 + jitter(4), 28 + jitter(4), 508 + jitter(6)])
+    tissue.paint("blood", soft(ellipsoid(grid[:3], heart, (58, 48, 58)), pixel), "heart")
+    ventricle = ellipsoid(grid[:3], heart + (20, 2, -8), (33, 32, 36))
+    tissue.paint("myocardium", soft(ventricle, pixel), "heart")
+    tissue.paint("blood", soft(ventricle - 11, pixel))
+    aorta = soft(13 - np.hypot(x - 8, y + 22), pixel) * soft(z - 240, 10) * soft(640 - z, 10)
+    tissue.paint("blood", aorta, "aorta")
+    tissue.paint("blood", soft(14 - np.hypot(x + 6, y - 8), pixel) * soft(z - 540, 8) * soft(630 - z, 10))
+
+    # Upper abdomen, cut off by the diaphragm above.
+    grow = rng.normal(1, 0.08)
+    under = np.minimum(diaphragm - z, trunk - 14)
+    stomach = np.minimum(ellipsoid(grid[:3], (60, 22, 400), (42, 38, 56)), under)
+    tissue.paint("bowel", soft(stomach, pixel), "stomach")
+    tissue.paint("air", soft(np.minimum(stomach - 6, z - 420 - jitter(10)), pixel))
+    spleen = np.minimum(ellipsoid(grid[:3], (104, -34, 405), (32 * grow, 40, 54 * grow)), under)
+    tissue.paint("spleen", soft(spleen, pixel), "spleen")
+    liver = ellipsoid(grid[:3], (-72, 8, 405), (92 * grow, 88, 92 * grow))
+    liver = np.maximum(liver, ellipsoid(grid[:3], (0, 34, 425), (72, 46, 44)))
+    liver = np.minimum(np.minimum(liver, under), z - 335 - 0.55 * (x + 110))
+    tissue.paint("liver", soft(liver, pixel), "liver")
+    kidney_z = 340 + jitter(6)
+    kidneys = ellipsoid(grid.mirrored, (66, -42, kidney_z), (27, 26, 54))
+    tissue.paint("kidney", soft(kidneys, pixel), "kidneys")
+    pelves = ellipsoid(grid.mirrored, (56, -40, kidney_z), (9, 10, 22))
+    tissue.paint("urine", soft(pelves, pixel) * rng.uniform(0.1, 0.5))
+    fill = rng.uniform(0.5, 1.2)
+    bladder = ellipsoid(grid[:3], (0, 32, 95), (42 * fill, 34 * fill, 34 * fill))
+    tissue.paint("urine", soft(bladder, pixel), "bladder")
+
+    def bone(distance, cortex):
+        tissue.paint("cortical bone", soft(distance, pixel) * 0.85, "bone")
+        tissue.paint("marrow", soft(distance - cortex, pixel))
+
+    spine = np.minimum(21 - np.hypot(x, y + 52), np.minimum(z - 190, 725 - z))
+    tissue.paint("cortical bone", soft(spine, pixel) * 0.4)
+    tissue.mark("bone", spine > 0)
+    tissue.paint("marrow", soft(spine - 3, pixel))
+    tissue.paint("disc", soft(np.cos(z * 2 * np.pi / 33) - 0.72, 0.2) * soft(spine - 2, pixel))
+    # A cage narrowing to the apex; a cylinder below, so that no rib runs across the abdomen.
+    cage = np.interp(z, [360, 500, 600, 650], [1.0, 1.0, 0.9, 0.6])
+    around = (cage - np.sqrt((x / 146) ** 2 + (y / 92) ** 2)) * 92
+    ribs = np.cos((z + 0.35 * (y - 40) - 0.25 * ax) * 2 * np.pi / 27) - 0.45
+    shell = soft(4.5 - np.abs(around - 4), pixel) * soft(ribs, 0.4) * soft(z - 385, 10) * soft(650 - z, 10)
+    shell *= soft(trunk - 6, pixel)
+    tissue.paint("cortical bone", shell * 0.45)
+    tissue.paint("marrow", shell * 0.4)
+    tissue.mark("bone", shell > 0.5)
+    bone(np.minimum(8 - np.hypot(y - 25, z - 645 + 0.1 * ax), 150 - ax), 3)
+    # Iliac wings flare upwards and outwards from the hip sockets.
+    wing = 8 - np.abs(ax - 78 - 0.42 * (z - 130) + 0.0016 * (z - 130) ** 2)
+    wing = np.minimum(wing, np.minimum(np.minimum(232 - z, z - 118), 55 - np.abs(y + 12)))
+    bone(wing, 2.5)
+    bone(np.minimum(ellipsoid(grid[:3], (0, -68, 165), (50, 20, 50)), 215 - z), 2.5)
+    bone(ellipsoid(grid.mirrored, (46, 14, 80), (30, 24, 15)), 2.5)
+    bone(ellipsoid(grid.mirrored, (88, 0, 105), (27, 27, 25)), 2.5)
+    bone(np.minimum(16 - np.hypot(ax - 102, y), 95 - z), 5.5)
+    if not raised:
+        bone(np.minimum(arm - 21, 640 - z), 4.5)
+    bone(ellipsoid(grid.mirrored, (150, -5, 632), (24, 24, 24)), 2.5)
+
+    tissue.paint("cortical bone", soft(head - 7, pixel), "bone")
+    # The face is a mixture of small bones and soft tissue.
+    tissue.paint("muscle", soft(np.minimum(head - 7, 762 - z), pixel) * 0.8, "face")
+    brain = np.minimum(ellipsoid(grid[:3], (0, -2, 808), (66, 82, 72)), z - 752)
+    folds = 4 * grid.noise(rng, 8)
+    tissue.paint("csf", soft(brain, pixel), "brain")
+    tissue.paint("grey matter", soft(brain - 2 + 0.3 * folds, pixel))
+    tissue.paint("white matter", soft(brain - 14 + folds, pixel))
+    tissue.paint("grey matter", soft(ellipsoid(grid.mirrored, (18, 0, 800), (12, 22, 14)), pixel))
+    tissue.paint("csf", soft(ellipsoid(grid.mirrored, (9, -5, 815), (5, 28, 11)), pixel))
+    tissue.paint("muscle", soft(ellipsoid(grid[:3], (0, 40, 730), (48, 45, 36)), pixel))
+    tissue.paint("air", soft(9 - np.hypot(x, y - 10), pixel) * soft(z - 590, 8) * soft(745 - z, 8))
+
+    # Lungs, liver, abdomen: where nodules lie, and how far they scatter.
+    sites = ((76, 560, 45), (-76, 560, 45), (-72, 405, 40), (0, 280, 60))
+    lesion = np.zeros(shape, bool)
+    for _ in range(nodule_rng.poisson(2.0)):
+        middle, level, spread = sites[nodule_rng.integers(len(sites))]
+        across = middle + nodule_rng.normal(0, spread / 2)
+        centre = across, float(nodule_rng.choice(nodule_y_mm)), level + nodule_rng.normal(0, spread)
+        nodule = np.minimum(ellipsoid(grid[:3], centre, [nodule_rng.uniform(7, 20)] * 3), trunk - 8)
+        tissue.paint("nodule", soft(nodule, pixel))
+        lesion |= nodule > 0
+    return tissue, body > 0, lesion
