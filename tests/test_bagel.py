@@ -92,11 +92,6 @@ VIT_JSON = {
 }
 
 
-def bug(reason):
-    """A test that is right and a code that is not yet; passing is a failure, so the mark goes when the bug does."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders to convert
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,7 +422,6 @@ def test_a_dtype_is_for_the_model_alone(native, converted, output):
     assert AutoModel.from_pretrained(output, dtype="auto").lm_head.weight.dtype == torch.bfloat16
 
 
-@bug("what float16 cannot hold becomes infinite without a word")
 def test_a_dtype_that_cannot_hold_the_weights_is_refused(copy, output):
     edit_tensors(copy / "ema.safetensors", **{"llm2vae.bias": torch.full((16,), 1e6)})
     with pytest.raises(ValueError, match="llm2vae.bias.*float16"):
@@ -552,7 +546,6 @@ def test_a_tokenizer_without_a_delimiter_is_refused(copy, output, token):
     assert not output.exists()
 
 
-@bug("ids beyond the embeddings are accepted, and fail when the model runs")
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(copy, output):
     def move(vocab, added):
         vocab["<|im_start|>"] = 200  # a row that the embeddings do not have
@@ -644,7 +637,6 @@ def test_a_base_of_another_size_does_not_fit(copy, base, output, tmp_path):
         convert_bagel(without(copy, GENERATION), output, base=other)
 
 
-@bug("the root index of a converted folder is read as native shards")
 def test_a_base_that_is_converted_already_is_none(copy, converted, output):
     with pytest.raises((OSError, ValueError), match="converted already"):
         convert_bagel(copy, output, base=converted)
@@ -680,7 +672,6 @@ def test_without_vision_the_sizes_are_those_of_the_json(copy, output, mr_slice):
             work(mr_slice)
 
 
-@bug("KeyError")
 def test_without_vision_and_its_size_nothing_is_guessed(copy, output):
     edit_json(copy / "vit_config.json", image_size=None)
     with pytest.raises(ValueError, match="vit_config.json lacks image_size"):
@@ -741,18 +732,19 @@ def test_deleting_any_one_tensor_is_caught_by_name(native, monkeypatch):
 )
 def test_conversion_stops_at_a_missing_tensor(copy, output, name):
     edit_tensors(copy / "ema.safetensors", **{name: None})
-    with pytest.raises(ValueError, match=f"native does not hold .*1 missing: {rename_model_key(name) or name}"):
+    said = f"native (does not hold .*1 missing:|lacks) {rename_model_key(name) or name}"
+    with pytest.raises(ValueError, match=said):
         convert_bagel(copy, output)
     assert not output.exists()
 
 
-@pytest.mark.parametrize(
-    ("table", "part"), [("latent_pos_embed.pos_embed", "generation"), ("vit_pos_embed.pos_embed", "vision")]
-)
-def test_a_missing_table_belongs_to_the_part_it_serves(copy, output, table, part):
+@pytest.mark.parametrize("table", FIXED_TABLES)
+def test_a_missing_table_may_be_allowed_and_is_computed_all_the_same(copy, output, table):
     edit_tensors(copy / "ema.safetensors", **{table: None})
-    with pytest.raises(ValueError, match=f"Without its {part} weights"):
+    with pytest.raises(ValueError, match=f"--allow-missing {table}"):
         convert_bagel(copy, output)
+    convert_bagel(copy, output, allow_missing=[table])
+    assert config_of(output).missing_parts == []
 
 
 def test_a_missing_tensor_of_the_autoencoder_is_caught_too(copy, output):
@@ -796,7 +788,7 @@ def test_a_configuration_of_another_size_is_refused(copy, output, setting):
 
 
 @pytest.mark.parametrize("table", FIXED_TABLES)
-@pytest.mark.parametrize("change", [0.01, pytest.param(math.nan, marks=bug("nan is larger than no bound"))])
+@pytest.mark.parametrize("change", [0.01, math.nan])
 def test_a_table_of_positions_that_was_changed_is_refused(copy, output, table, change):
     stored = read_tensors(copy / "ema.safetensors")[table]
     stored[3, 5] += change
@@ -815,7 +807,9 @@ def test_a_table_of_positions_that_was_changed_is_refused(copy, output, table, c
 )
 def test_a_table_that_is_not_square_is_refused(copy, output, name):
     edit_tensors(copy / "ema.safetensors", **{name: read_tensors(copy / "ema.safetensors")[name][:60].clone()})
-    with pytest.raises(ValueError, match=f"{name} (has 60 entries, which is not the square|is 60x64, expected 64x64)"):
+    with pytest.raises(
+        ValueError, match=f"{name} (has 60 entries, which is not the square|has shape .60, 64., expected .64, 64.)"
+    ):
         convert_bagel(copy, output)
 
 
@@ -827,7 +821,7 @@ def test_another_table_size_is_another_model(copy, output):
     assert AutoModel.from_pretrained(output).model.latent_pos_embed.table.shape == (36, 64)
 
 
-@pytest.mark.parametrize("channels", [3, pytest.param(8, marks=bug("names neither file nor remedy"))])
+@pytest.mark.parametrize("channels", [3, 8])
 def test_an_autoencoder_of_another_channel_count_is_refused(copy, output, channels):
     changes = {"decoder.conv_in.weight": torch.ones(64, channels, 3, 3)}
     changes |= {"encoder.conv_out.weight": torch.ones(2 * channels, 64, 3, 3)}
@@ -963,7 +957,6 @@ def test_overwriting_leaves_no_weights_of_before(native, converted, output):
     assert contents(output) == contents(converted)
 
 
-@bug("model.safetensors of the source is deleted, and its tokenizer replaced")
 @pytest.mark.parametrize("file", ["ema.safetensors", "model.safetensors"])
 def test_a_checkpoint_is_never_converted_onto_itself(copy, file):
     (copy / "ema.safetensors").rename(copy / file)
@@ -973,7 +966,6 @@ def test_a_checkpoint_is_never_converted_onto_itself(copy, file):
     assert contents(copy) == before
 
 
-@bug("the same, with --base as the output")
 def test_a_base_is_never_converted_onto(copy, base, tmp_path):
     complete = Path(shutil.copytree(base, tmp_path / "complete"))
     with pytest.raises((OSError, ValueError)):
@@ -981,7 +973,6 @@ def test_a_base_is_never_converted_onto(copy, base, tmp_path):
     assert contents(complete) == contents(base)
 
 
-@bug("weights of the pipeline are deleted, as those of an earlier save")
 def test_a_pipeline_is_never_exported_onto_itself(converted, tmp_path):
     pipeline = Path(shutil.copytree(converted, tmp_path / "converted"))
     with pytest.raises((OSError, ValueError)):
@@ -989,7 +980,6 @@ def test_a_pipeline_is_never_exported_onto_itself(converted, tmp_path):
     assert contents(pipeline) == contents(converted)
 
 
-@bug("model.safetensors is deleted as weights of an earlier save, but export writes no such file")
 def test_export_replaces_only_what_it_writes(converted, copy):
     shutil.copyfile(copy / "ema.safetensors", copy / "model.safetensors")
     before = contents(copy)
@@ -1001,7 +991,7 @@ def test_a_disk_that_is_too_small_is_known_before(native, converted, output, mon
     needed = sum(file.stat().st_size for file in converted.rglob("*.safetensors"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed // 2))
     for work, source in ((convert_bagel, native), (export_bagel, converted)):
-        with pytest.raises(OSError, match="converted needs 0.0 GB, and the disk has 0.0 GB free"):
+        with pytest.raises(OSError, match="converted needs 4.2 MB, and the disk has 2.1 MB free"):
             work(source, output)
         assert not output.exists()
 
@@ -1022,7 +1012,6 @@ def test_a_disk_that_fills_up_leaves_nothing(native, output, files_up_to, size):
     assert not output.exists()
 
 
-@bug("the tokenizers library raises Exception, which the command line shows as a traceback")
 def test_a_disk_that_is_full_by_the_time_of_the_tokenizer_is_an_os_error(native, output, files_up_to, monkeypatch):
     save = PreTrainedTokenizerFast.save_pretrained
 
@@ -1036,7 +1025,6 @@ def test_a_disk_that_is_full_by_the_time_of_the_tokenizer_is_an_os_error(native,
     assert not output.exists()
 
 
-@bug("an OSError of write() alone: '[Errno 28] No space left on device'")
 def test_a_disk_that_fills_up_says_which_file_could_not_be_written(native, output, files_up_to):
     files_up_to(400_000)
     with pytest.raises(OSError, match="converted.*disk"):
@@ -1090,7 +1078,6 @@ def test_nothing_looks_complete_before_it_is(converted, tmp_path, monkeypatch):
     assert contents(tmp_path / "last") == complete
 
 
-@bug("the old model_index.json stays until it is replaced, beside weights that are new in part")
 def test_an_old_pipeline_half_replaced_does_not_look_complete(converted, tmp_path, monkeypatch):
     complete = contents(converted)
     for renames in range(1, len(complete)):

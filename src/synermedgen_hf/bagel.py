@@ -6,30 +6,34 @@ from the checkpoint: from its JSON files, or from the shapes of its tensors. Ten
 time, so 29 GB pass through the memory of the largest tensor.
 """
 
+import contextlib
 import functools
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers import __version__ as diffusers_version
 from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_synermedgen import SynerMedGenConfig
-from .hub import complete_repository, staged
+from .hub import STAGING, complete_repository, staged
 from .image_processing_synermedgen import SynerMedGenImageProcessor
-from .loading_synermedgen import LoadReport, combine_digests, part_of, tensor_digest
+from .loading_synermedgen import LoadReport, combine_digests, is_allowed, part_of, tensor_digest
 from .model_card import make_model_card
 from .modeling_synermedgen import AUTO_MAP, SinCosPositionTable, SynerMedGenForConditionalGeneration
-from .processing_synermedgen import SPECIAL_TOKENS, SynerMedGenProcessor
+from .processing_synermedgen import MODALITY_NAMES, SPECIAL_TOKENS, SynerMedGenProcessor
 
 # BAGEL name -> our name, by their beginnings.
 MODEL_NAMES = (
@@ -71,6 +75,10 @@ TIMESTEP_SHIFT, SAMPLING_SHIFT = 1.0, 3.0
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+NO_PICKLE = (
+    "Pickle files can run any code and are never read: get the safetensors release, or save them as safetensors where "
+    "you trust them."
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +204,13 @@ def write_tensors(
     with file.open("wb") as out:
         out.write(len(head).to_bytes(8, "little") + head)
         for name, tensor in tensors.items():
-            value = tensor.read().to(dtype or tensor.dtype).contiguous()
+            stored = tensor.read()
+            value = stored.to(dtype or tensor.dtype).contiguous()
+            if value.dtype != stored.dtype and not value.isfinite().all() and stored.isfinite().all():
+                raise ValueError(
+                    f"{tensor.file}: {tensor.name} holds values too large for {value.dtype}; choose another --dtype."
+                )
+            del stored
             out.write(value.reshape(-1).view(torch.uint8).numpy().data)
             after(name, value)
 
@@ -212,16 +226,40 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def check_output(folder: Path, needed: int, overwrite: bool):
-    """Raise before any work if the output is in the way, not writable, or does not fit on the disk."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; name a folder to write to.")
-    if folder.exists() and any(path.name != ".incomplete" for path in folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} holds files already. Name a new folder, or allow it with --overwrite.")
+def check_output(folder: Path, needed: int, overwrite: bool, sources: Iterable[Path]):
+    """Raise before any work if the output is in the way, one of the sources, or too large for the disk."""
+    if folder.resolve() in {source.resolve() for source in sources}:
+        raise ValueError(f"{folder} is read from; name another folder to write to.")
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; name a folder to write to.")
+    if folder.exists() and any(path.name != STAGING for path in folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} holds files already. Name a new folder, or allow it with --overwrite.")
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise OSError(f"{folder} needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free.")
+        raise OSError(
+            f"{folder} needs {_size(needed)}, and the disk has {_size(free)} free. Make room, or name a folder on "
+            "another disk."
+        )
+
+
+@contextlib.contextmanager
+def writing(folder: Path, **options) -> Iterator[Path]:
+    """`staged`, with an error that says what it was about."""
+    try:
+        with staged(folder, **options) as staging:
+            yield staging
+    except (KeyboardInterrupt, ValueError):
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more precise, for a full disk too
+        raise OSError(
+            f"{folder} could not be written ({error}). Is the disk full? What was written is removed; run the same "
+            "command again."
+        ) from error
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,19 +291,17 @@ class NativeCheckpoint:
 
     @property
     def has_tokenizer(self) -> bool:
-        return any((self.folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+        files = ({"tokenizer.json"}, {"vocab.json", "merges.txt", "tokenizer_config.json"})
+        return any(all((self.folder / name).exists() for name in names) for names in files)
 
 
-def find_weights(folder: Path, choice: str | None) -> list[Path]:
+def find_weights(folder: Path, choice: str | None = None) -> list[Path]:
     """
     The files of model weights: `choice`, or else `ema.safetensors`, `model.safetensors`, or the shards of an index.
 
     Raises:
         `OSError`: There are none; it says what there is instead.
     """
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise OSError(f"{folder} {what}. Name the folder of the checkpoint as downloaded.")
     names = [choice] if choice else ["ema.safetensors", "model.safetensors", "model.safetensors.index.json"]
     for name in names:
         file = folder / name
@@ -273,23 +309,29 @@ def find_weights(folder: Path, choice: str | None) -> list[Path]:
             continue
         if not name.endswith(".index.json"):
             return [file]
-        shards = sorted({folder / shard for shard in read_json(file).get("weight_map", {}).values()})
+        weight_map = read_json(file).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{file} has no weight_map of tensors to files. Download it again.")
+        shards = sorted({folder / shard for shard in weight_map.values()})
         if absent := [shard.name for shard in shards if not shard.exists()]:
             raise OSError(f"{file} names {', '.join(absent[:5])}, which {folder} lacks. Download the rest.")
         return [shard for shard in shards if shard.name != "ae.safetensors"]
-    if (folder / "model_index.json").exists():
-        raise OSError(f"{folder} is converted already; export-bagel goes the other way.")
-    if pickles := sorted(path.name for pattern in PICKLE for path in folder.glob(pattern)):
-        raise OSError(
-            f"{folder} holds {', '.join(pickles[:5])} but no safetensors. Pickle files can run any code and are never "
-            "read: get the safetensors release, or save them as safetensors where you trust them."
-        )
+    pickles = sorted(path.name for pattern in PICKLE for path in folder.glob(pattern))
+    if pickles and choice is None:
+        raise OSError(f"{folder} holds {', '.join(pickles[:5])} but no safetensors. {NO_PICKLE}")
     raise OSError(f"{folder} holds none of {', '.join(names)}. Name the folder of the checkpoint as downloaded.")
 
 
 def read_native(folder: str | Path, choice: str | None = None) -> NativeCheckpoint:
     """Read the headers and JSON files of a native folder; nothing is required but model weights."""
     folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise OSError(f"{folder} {what}. Name the folder of the checkpoint as downloaded.")
+    if (folder / "model_index.json").exists():
+        raise OSError(f"{folder} is converted already; export-bagel goes the other way.")
+    if choice and any(fnmatch(choice, pattern) for pattern in PICKLE):
+        raise OSError(f"{choice} is a pickle file. {NO_PICKLE}")
     files = find_weights(folder, choice)
     found = NativeCheckpoint(folder, weights_file=files[0].name if len(files) == 1 else f"{len(files)} shards")
     for file in files:
@@ -341,18 +383,34 @@ def root(number: int, what: str) -> int:
 
 
 def numbers(config: dict, names: Iterable[str], file: str) -> dict:
-    """Entries of a JSON file that have no default."""
+    """Entries of a JSON file that have no default: positive numbers."""
     if absent := [name for name in names if config.get(name) is None]:
         raise ValueError(f"{file} lacks {', '.join(absent)}. These numbers are never guessed.")
+    for name in names:
+        if isinstance(config[name], bool) or not isinstance(config[name], (int, float)) or config[name] <= 0:
+            raise ValueError(f"{file}: {name} must be a positive number, got {config[name]!r}.")
     return {name: config[name] for name in names}
+
+
+def dimensions(tensor: StoredTensor, count: int) -> tuple[int, ...]:
+    """The shape of a tensor that must have so many dimensions."""
+    if len(tensor.shape) != count:
+        raise ValueError(f"{tensor.file}: {tensor.name} has shape {tensor.shape}, expected {count} dimensions.")
+    return tensor.shape
 
 
 def read_text_config(llm: dict) -> dict:
     """`SynerMedGenTextConfig` arguments from `llm_config.json`."""
     if llm.get("use_sliding_window"):
         raise ValueError("llm_config.json asks for sliding-window attention, which this family does not have.")
-    rope = dict(llm.get("rope_parameters") or llm.get("rope_scaling") or {})
+    rope = llm.get("rope_parameters") or llm.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"llm_config.json: the rope parameters must be an object, got {rope!r}.")
+    rope = dict(rope)
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+        known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+        raise ValueError(f"llm_config.json: unknown rope type {rope['rope_type']!r}; known are {known}.")
     theta = rope.get("rope_theta", llm.get("rope_theta"))
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     required = numbers(
@@ -384,7 +442,10 @@ def read_vision_config(vit: dict, weights: dict[str, StoredTensor]) -> dict:
     else:
         config["num_hidden_layers"] = numbers(vit, ["num_hidden_layers"], "vit_config.json")["num_hidden_layers"] - 1
     table = weights.get(prefix + "embeddings.position_embedding.weight")
-    side = vit["image_size"] // vit["patch_size"] if table is None else root(table.shape[0], table.name)
+    if table is None:
+        side = numbers(vit, ["image_size"], "vit_config.json")["image_size"] // vit["patch_size"]
+    else:
+        side = root(dimensions(table, 2)[0], table.name)
     return config | {"image_size": side * vit["patch_size"], "vision_use_head": False}
 
 
@@ -394,7 +455,7 @@ def read_vae_config(vae: dict[str, StoredTensor], scale: float, shift: float) ->
     def shape(name):
         if name not in vae:
             raise ValueError(f"ae.safetensors lacks {name}.")
-        return vae[name].shape
+        return dimensions(vae[name], 4)
 
     blocks = [re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.", name) for name in vae]
     found = {(int(match[1]), int(match[2])) for match in blocks if match}
@@ -433,17 +494,21 @@ def read_config(checkpoint: NativeCheckpoint, vae_config: dict, timestep_shift: 
         "timestep_shift": timestep_shift,
     }
     if "vae2llm.weight" in weights:
-        width = weights["vae2llm.weight"].shape[1]
-        if width % channels:
+        width = dimensions(weights["vae2llm.weight"], 2)[1]
+        patch = math.isqrt(width // channels)
+        if patch**2 * channels != width:
             raise ValueError(
-                f"A latent token of {width} numbers (vae2llm.weight) cannot hold the {channels} channels of "
+                f"A latent token of {width} numbers (vae2llm.weight) is no square patch of the {channels} channels of "
                 "ae.safetensors: the autoencoder belongs to another checkpoint."
             )
-        config["latent_patch_size"] = root(width // channels, "a latent token over the VAE's channels")
+        config["latent_patch_size"] = patch
     if "latent_pos_embed.pos_embed" in weights:
         table = weights["latent_pos_embed.pos_embed"]
-        config["max_latent_size"] = root(table.shape[0], table.name)
-    return SynerMedGenConfig(**config)
+        config["max_latent_size"] = root(dimensions(table, 2)[0], table.name)
+    try:
+        return SynerMedGenConfig(**config)
+    except StrictDataclassError as error:
+        raise ValueError(f"llm_config.json or vit_config.json holds a value of the wrong type: {error}") from error
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -452,16 +517,29 @@ def read_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     they only mark places and have no embedding.
 
     Raises:
-        `ValueError`: It lacks the start, end or vision delimiters.
+        `ValueError`: It cannot be read, or lacks the start, end or vision delimiters, or the model has no embedding for
+            them.
     """
-    if (folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    try:
+        if (folder / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} and the files beside it are no tokenizer that can be read ({error}). "
+            "Download them again."
+        ) from error
     stand_ins = [SPECIAL_TOKENS[f"{kind}_token_id"] for kind in ("image", "latent", "target")]
     vocabulary = tokenizer.get_vocab()
     if absent := [token for token in SPECIAL_TOKENS.values() if token not in vocabulary and token not in stand_ins]:
         raise ValueError(f"The tokenizer in {folder} lacks {', '.join(absent)}: it is not that of this family.")
+    delimiters = {token: vocabulary[token] for token in SPECIAL_TOKENS.values() if token not in stand_ins}
+    if beyond := [f"{token} ({index})" for token, index in delimiters.items() if index >= vocab_size]:
+        raise ValueError(
+            f"The tokenizer in {folder} numbers {', '.join(beyond)} beyond the {vocab_size} embeddings of the weights: "
+            "it belongs to another checkpoint."
+        )
     new = [token for token in stand_ins if token not in vocabulary]
     if new:
         fillers = [f"<|unused_{index}|>" for index in range(len(tokenizer), vocab_size)]
@@ -492,10 +570,10 @@ def make_processor(config: SynerMedGenConfig, stride: int, tokenizer: PreTrained
 def check_table(stored: StoredTensor, side: int, width: int):
     """Raise a `ValueError` if a stored table of positions is not the one the model computes."""
     if stored.shape != (side**2, width):
-        raise ValueError(f"{stored.name} is {stored.shape[0]}x{stored.shape[1]}, expected {side**2}x{width}.")
+        raise ValueError(f"{stored.file}: {stored.name} has shape {stored.shape}, expected {(side**2, width)}.")
     computed = SinCosPositionTable(side, width).table
     error = (stored.read().float() - computed.to(stored.dtype).float()).abs().max().item()
-    if error > 2 * torch.finfo(stored.dtype).eps:
+    if not error <= 2 * torch.finfo(stored.dtype).eps:  # not a number is no either
         raise ValueError(
             f"{stored.name} differs by {error:.2g} from the fixed table of positions that this family computes: it "
             "was changed or trained, and leaving it out would change the model."
@@ -505,6 +583,17 @@ def check_table(stored: StoredTensor, side: int, width: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # In
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_trained(routes: Iterable[str], tasks: Iterable[str]):
+    """Raise a `ValueError` for the name of a route or a task that cannot be one."""
+    modalities = "|".join(MODALITY_NAMES)
+    for route in routes:
+        if not re.fullmatch(rf"[\w-]+/({modalities})(\+({modalities}))*-({modalities})", route):
+            raise ValueError(f"{route!r} names no route: it is written like brain/MRI-CT.")
+    for task in tasks:
+        if task not in ("CTS", "MI", "TIA"):
+            raise ValueError(f"{task!r} names no task: known are CTS, MI and TIA.")
 
 
 def empty_modules(config: SynerMedGenConfig, vae_config: dict) -> dict[str, torch.nn.Module]:
@@ -596,6 +685,7 @@ def convert_bagel(
     """
     # 1. Read headers and numbers.
     output = Path(output)
+    check_trained(trained_routes, trained_tasks)
     checkpoint = read_native(source, weights)
     tokenizer_folder = checkpoint.folder
     if base is not None:
@@ -618,11 +708,17 @@ def convert_bagel(
     modules = empty_modules(config, vae_config)
     report, placed = match(checkpoint, modules)
     report.routes = list(trained_routes)
+    report.command_line = True
     config.missing_parts = [part for part in report.missing_parts if part != "autoencoder"]
     tables = {name: checkpoint.weights.get(name) for name in FIXED_TABLES}
     here = {group_of(name) for name in checkpoint.weights}
-    report.missing += [name for name, table in tables.items() if table is None and TABLE_OWNERS[name] in here]
     report.check(allow_missing, allow_unexpected)
+    lost = [name for name, table in tables.items() if table is None and TABLE_OWNERS[name] in here]
+    if lost := [name for name in lost if not is_allowed(name, allow_missing)]:
+        raise ValueError(
+            f"{source} lacks {', '.join(lost)}, which comes with the other tensors and tells how large a table of "
+            f"positions is. Get the complete checkpoint, or allow it: --allow-missing {lost[0]} takes the public size."
+        )
     for name, table in tables.items():
         if table is not None:
             check_table(table, getattr(modules[""].model, name.split(".")[0]).side, config.text_config.hidden_size)
@@ -651,7 +747,7 @@ def convert_bagel(
         prefix: sum(math.prod(t.shape) * ((dtype if prefix == "" else None) or t.dtype).itemsize for t in own.values())
         for prefix, own in placed.items()
     }
-    check_output(output, sum(sizes.values()), overwrite)
+    check_output(output, sum(sizes.values()), overwrite, [checkpoint.folder, *([base.folder] if base else [])])
     title = output.resolve().name
     files = f"{checkpoint.folder.name}/{checkpoint.weights_file}"
     card = make_model_card(
@@ -662,7 +758,7 @@ def convert_bagel(
     )
     digests = {}
     with (
-        staged(output) as folder,
+        writing(output) as folder,
         tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Converting") as progress,
     ):
 
@@ -733,7 +829,13 @@ def write_sharded(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def export_bagel(source: str | Path, output: str | Path, overwrite: bool = False) -> str:
+def export_bagel(
+    source: str | Path,
+    output: str | Path,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    overwrite: bool = False,
+) -> str:
     """
     The inverse of [`convert_bagel`]: a pipeline folder in the original layout, every tensor byte for byte.
 
@@ -741,6 +843,7 @@ def export_bagel(source: str | Path, output: str | Path, overwrite: bool = False
         source (`str` or `Path`): Folder of a pipeline.
         output (`str` or `Path`): Folder to make: `ema.safetensors`, `ae.safetensors`, `llm_config.json`,
             `vit_config.json` and tokenizer files.
+        allow_missing, allow_unexpected (`Iterable[str]`): Names of tensors, or patterns with `*`; neither is written.
         overwrite (`bool`, defaults to `False`): Write into a folder that holds files already.
 
     Returns:
@@ -750,8 +853,9 @@ def export_bagel(source: str | Path, output: str | Path, overwrite: bool = False
         `OSError`, `ValueError`: As [`convert_bagel`].
     """
     source, output = Path(source), Path(output)
-    if not (source / "model" / "config.json").exists() or not (source / "vae" / "config.json").exists():
-        raise OSError(f"{source} is not the folder of a SynerMedGen pipeline: it lacks model/ or vae/.")
+    needed = {"model": "config.json", "vae": "config.json", "processor": "tokenizer_config.json"}
+    if absent := [f"{part}/{file}" for part, file in needed.items() if not (source / part / file).exists()]:
+        raise OSError(f"{source} is not the folder of a SynerMedGen pipeline: it lacks {', '.join(absent)}.")
     # 1. Read headers and numbers; every tensor must be there.
     config = SynerMedGenConfig.from_pretrained(source / "model")
     vae_config = read_json(source / "vae" / "config.json")
@@ -760,7 +864,7 @@ def export_bagel(source: str | Path, output: str | Path, overwrite: bool = False
         "": find_weights(source / "model", None),
         "vae.": find_weights(source / "vae", "diffusion_pytorch_model.safetensors"),
     }
-    report, stored = LoadReport(str(source), routes=config.trained_routes), {}
+    report, stored = LoadReport(str(source), routes=config.trained_routes, command_line=True), {}
     for prefix, module in modules.items():
         stored[prefix] = {name: tensor for file in files[prefix] for name, tensor in list_tensors(file).items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -772,12 +876,14 @@ def export_bagel(source: str | Path, output: str | Path, overwrite: bool = False
             for name, tensor in stored[prefix].items()
             if name in wanted and tensor.shape != wanted[name]
         ]
-    report.check(allow_missing=[name for name in report.missing if part_of(name) in config.missing_parts])
+    known = [name for name in report.missing if part_of(name) in config.missing_parts]
+    report.check([*allow_missing, *known], allow_unexpected)
 
     # 2. Back to the native names and shapes, with the tables of positions that belong to what is there.
     levels, tensors, names = len(vae_config["block_out_channels"]), {"": {}, "vae.": {}}, {}
     for prefix, own in stored.items():
-        for name, tensor in own.items():
+        for name in (name for name in modules[prefix].state_dict() if name in own):
+            tensor = own[name]
             native = rename_vae_key(name, levels, back=True) if prefix else rename_model_key(name, back=True)
             if prefix and VAE_ATTENTION.search(native):
                 tensor.shape = (*tensor.shape, 1, 1)
@@ -790,11 +896,11 @@ def export_bagel(source: str | Path, output: str | Path, overwrite: bool = False
 
     # 3. Write.
     total = sum(tensor.nbytes for own in tensors.values() for tensor in own.values())
-    check_output(output, total, overwrite)
+    check_output(output, total, overwrite, [source])
     tokenizer = AutoTokenizer.from_pretrained(source / "processor")
     digests = {}
     with (
-        staged(output) as folder,
+        writing(output, replaces=()) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="Exporting") as progress,
     ):
 

@@ -33,6 +33,11 @@ def run(work, *args, **kwargs):
         raise typer.Exit(130) from None
 
 
+AllowMissing = Annotated[
+    list[str] | None,
+    typer.Option(help="A tensor, or a pattern with *, that may be missing."),
+]
+AllowUnexpected = Annotated[list[str] | None, typer.Option(help="A tensor, or a pattern with *, that may be left out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds files already.")]
 
 
@@ -68,12 +73,8 @@ def convert_bagel(
     trained_task: Annotated[
         list[str] | None, typer.Option(help="An understanding task it was trained on: CTS, MI or TIA.")
     ] = None,
-    allow_missing: Annotated[
-        list[str] | None, typer.Option(help="A tensor, or a pattern with *, that may be missing.")
-    ] = None,
-    allow_unexpected: Annotated[
-        list[str] | None, typer.Option(help="A tensor, or a pattern with *, that may be left out.")
-    ] = None,
+    allow_missing: AllowMissing = None,
+    allow_unexpected: AllowUnexpected = None,
     overwrite: Overwrite = False,
 ):
     """Convert a BAGEL-family checkpoint (BAGEL, UniMedVL, SynerMedGen training runs) to a pipeline of this package."""
@@ -105,12 +106,21 @@ def convert_bagel(
 def export_bagel(
     source: Annotated[Path, typer.Argument(help="Folder of a pipeline.")],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    allow_missing: AllowMissing = None,
+    allow_unexpected: AllowUnexpected = None,
     overwrite: Overwrite = False,
 ):
     """Write a pipeline in the original layout, byte for byte the inverse of convert-bagel."""
     from .bagel import export_bagel
 
-    run(export_bagel, source, output, overwrite=overwrite)
+    run(
+        export_bagel,
+        source,
+        output,
+        allow_missing=allow_missing or (),
+        allow_unexpected=allow_unexpected or (),
+        overwrite=overwrite,
+    )
 
 
 if __name__ == "__main__":

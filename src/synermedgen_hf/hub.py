@@ -15,7 +15,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,11 @@ COMPONENT_CLASS = {
 }
 INDEX = "model.safetensors.index.json"
 # Weights of an earlier save that must not outlive it: the Auto classes would take them first.
-WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "vae/*.safetensors", "vae/*.safetensors.index.json")
+WEIGHTS = tuple(
+    f"{folder}{pattern}"
+    for folder in ("", "model/", "vae/")
+    for pattern in ("model*.safetensors", "diffusion*.safetensors", "*.safetensors.index.json")
+)
 STAGING = ".incomplete"
 
 COMPONENTS = ("model", "processor", "vae", "scheduler")
@@ -64,14 +67,15 @@ _FETCH_MARK = "# Names, for a download, the files that must come along; never ru
 
 
 @contextlib.contextmanager
-def staged(folder: str | os.PathLike) -> Iterator[Path]:
+def staged(folder: str | os.PathLike, replaces: tuple[str, ...] = WEIGHTS) -> Iterator[Path]:
     """
     A folder to write into that becomes part of `folder` only when all is written; on any error it is removed. What a
     killed process left behind is cleared by the next one.
 
     Args:
-        folder (`str` or `os.PathLike`): Made if it does not exist. Files of the same name are replaced, weights of an
-            earlier save removed, everything else stays.
+        folder (`str` or `os.PathLike`): Made if it does not exist. Files of the same name are replaced, those that
+            match `replaces` removed, everything else stays.
+        replaces (`tuple[str, ...]`): Patterns of files that must not outlive an earlier save.
 
     Raises:
         `NotADirectoryError`: `folder` is a file.
@@ -91,12 +95,15 @@ def staged(folder: str | os.PathLike) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    # Only renames from here on. The files that make a folder loadable come last.
+    # Only renames from here on. Without these files a folder does not load: they go first and come last.
+    entrances = [Path(name) for name in ("config.json", INDEX, "model_index.json")]
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    files.sort(key=lambda path: str(path) in ("config.json", INDEX, "model_index.json"))
-    for old in list(folder.rglob("*.safetensors*")):
-        name = old.relative_to(folder)
-        if STAGING not in name.parts and name not in files and any(fnmatch(str(name), one) for one in WEIGHTS):
+    files.sort(key=lambda path: path in entrances)
+    for name in entrances:
+        if name in files:
+            (folder / name).unlink(missing_ok=True)
+    for old in [path for pattern in replaces for path in folder.glob(pattern)]:
+        if old.relative_to(folder) not in files:
             old.unlink()
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

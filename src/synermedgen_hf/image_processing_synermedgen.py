@@ -101,7 +101,7 @@ def unpatchify(tokens: torch.Tensor, grid_hw: tuple[int, int], patch: int) -> to
 
 
 def _foreground_percentile(array: np.ndarray, low: float, percentile: float) -> float | None:
-    """The percentile of the values above `low`; `None` if there are none. Volumes of 16 bits are counted, not sorted."""
+    """The percentile of the values above `low`; `None` if there are none. 16-bit volumes are counted, not sorted."""
     if array.dtype not in (np.int16, np.uint16) or low < 0:
         foreground = array[array > low]
         return float(np.percentile(foreground, percentile)) if foreground.size else None

@@ -105,6 +105,7 @@ class LoadReport:
         loaded, missing, unexpected (`list[str]`): Names of tensors.
         mismatched (`list[tuple[str, tuple, tuple]]`): Name, stored shape, shape that the configuration asks for.
         routes (`list[str]`): Routes the checkpoint was trained for, to say what is lost without a part.
+        command_line (`bool`): Advice names options rather than arguments.
     """
 
     source: str
@@ -113,6 +114,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
     routes: list[str] = field(default_factory=list)
+    command_line: bool = False
 
     @classmethod
     def from_loading_info(cls, source, module: nn.Module, info: dict, prefix: str = "") -> "LoadReport":
@@ -170,15 +172,22 @@ class LoadReport:
             for part in lost:
                 message += f" Without its {part} weights {_WITHOUT[part].format(routes=routes)}."
             message += (
-                " Get the complete checkpoint, or merge this one onto a complete one (synermedgen convert-bagel "
-                "--base). To go on with random numbers in their place, name them: "
-                f"allow_missing={_allowing(missing)}."
+                " Get the complete checkpoint, or, if it came without whole parts, merge it onto a complete one "
+                "(synermedgen convert-bagel --base). To go on without them, name them: "
+                f"{self._allow('missing', missing)}."
             )
         if unexpected:
-            message += f" To leave the unexpected ones out, name them: allow_unexpected={_allowing(unexpected)}."
+            message += f" To leave the unexpected ones out, name them: {self._allow('unexpected', unexpected)}."
         if self.mismatched:
             message += " Configuration and weights belong to different models: get both from one place."
         raise ValueError(message)
+
+    def _allow(self, what: str, names: list[str]) -> str:
+        """How a caller allows exactly these names."""
+        patterns = _allowing(names)
+        if self.command_line:
+            return " ".join(f"--allow-{what} '{pattern}'" for pattern in patterns)
+        return f"allow_{what}={patterns}"
 
     def table(self, modules: dict[str, nn.Module], checksum: str | None = None) -> str:
         """
