@@ -149,8 +149,8 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        # One opening for each tensor: the pages of a file stay in memory as long as it is open.
-        with safe_open(self.file, "pt") as weights:
+        # Mapped into memory, a file larger than the machine's may not be opened at all.
+        with safe_open(self.file, "pt", backend="pread") as weights:
             return weights.get_tensor(self.name).reshape(self.shape)
 
 
@@ -163,7 +163,7 @@ def list_tensors(file: Path) -> dict[str, StoredTensor]:
     """
     tensors = {}
     try:
-        with safe_open(file, "pt") as weights:
+        with safe_open(file, "pt", backend="pread") as weights:
             for name in weights.keys():
                 entry = weights.get_slice(name)
                 if entry.get_dtype() not in DTYPES:

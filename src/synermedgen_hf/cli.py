@@ -123,5 +123,18 @@ def export_bagel(
     )
 
 
+@app.command()
+def import_recipe(
+    file: Annotated[Path, typer.Argument(help="YAML mixture of the original training code.")],
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of SynerMed.parquet, SynerMed.jsonl and slice/; by default the file's.")
+    ] = None,
+):
+    """Print the load_dataset calls that match a training mixture of the original code."""
+    from .data.recipes import import_recipe
+
+    run(import_recipe, file, data_dir)
+
+
 if __name__ == "__main__":
     app()

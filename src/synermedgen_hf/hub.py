@@ -162,7 +162,7 @@ def _root_index(model: Path) -> dict:
         index = _read_json(model / INDEX)
         index["weight_map"] = {name: f"model/{file}" for name, file in index["weight_map"].items()}
         return index
-    with safe_open(model / "model.safetensors", "pt") as weights:
+    with safe_open(model / "model.safetensors", "pt", backend="pread") as weights:
         names = list(weights.keys())
     size = (model / "model.safetensors").stat().st_size
     return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(names, "model/model.safetensors")}
