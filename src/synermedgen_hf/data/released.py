@@ -277,6 +277,7 @@ def _understanding_row(line: dict, slices: Path, offset: int) -> tuple[dict, lis
         "task": task,
         "question": question,
         "options": ["A", "B", "C", "D"] if task in ("CTS", "TIA") else [],
+        "meanings": [],
         "answer": answer,
         "route": f"{source}-{target}" if source and target and source != target else "",
         "difficulty": "",

@@ -39,7 +39,8 @@ UNDERSTANDING_FEATURES = Features(
         "task": Value("string"),  # CTS, MI or TIA
         "question": Value("string"),
         "options": List(Value("string")),
-        "answer": Value("string"),
+        "meanings": List(Value("string")),  # what each option stands for: slice offset, modality, or direction
+        "answer": Value("string"),  # one of the options
         "route": Value("string"),  # such as brain/MRI-CT
         "difficulty": Value("string"),  # easy or hard
         "region": Value("string"),
@@ -71,7 +72,8 @@ class SynerMedConfig(datasets.BuilderConfig):
         split_seed (`int`, defaults to 0): Another one draws other patients.
         split_file (`str`, *optional*): A `splits.json` of an earlier build, to use its splits.
         report_dir (`str`, *optional*): Where `splits.json` and `report.jsonl` go; by default into the cache.
-        seed, per_case, candidates, descriptions, panels, neighbours, min_gap_mm, difficulty, mix: Of the tasks; see
+        seed, per_case, candidates, descriptions, panels, neighbours, min_gap_mm, difficulty, mix,
+            name_share: Of the tasks; see
             [`~synermedgen_hf.data.understanding.TaskSampler`].
         phantom_cases (`int`, defaults to 0): Simulated patients per protocol and split instead of files.
         phantom_slices, phantom_size (`int`): Slices per patient, pixels of the longer side.
@@ -95,6 +97,7 @@ class SynerMedConfig(datasets.BuilderConfig):
     min_gap_mm: float = 4.0
     difficulty: str = "hard"
     mix: dict[str, float] | None = None
+    name_share: float = 0.5
     phantom_cases: int = 0
     phantom_slices: int = 8
     phantom_size: int = 128
@@ -253,7 +256,6 @@ class SynerMed(datasets.GeneratorBasedBuilder):
                 if case is not None:
                     yield from pair_rows(case, config.routes, config.slice_step)
             return
-        mix = {"mix": config.mix} if config.mix else {}
         sampler = TaskSampler(
             len(table),
             lambda place: self._load(report, table[place]),
@@ -266,13 +268,20 @@ class SynerMed(datasets.GeneratorBasedBuilder):
             neighbours=config.neighbours,
             min_gap_mm=config.min_gap_mm,
             difficulty=config.difficulty,
-            **mix,
+            mix=config.mix,
+            name_share=config.name_share,
         )
         for place in shards:
+            reasons: Counter = Counter()
             for index in range(place * config.per_case, (place + 1) * config.per_case):
-                row = sampler[index]
+                row, reason = sampler.draw(index)
                 if row is not None:
                     yield f"{split}/{index}", row
+                else:
+                    reasons[reason] += 1
+            for reason, count in reasons.items():
+                case = table[place].name
+                self._problem(report, Problem("skipped", case, split, f"{count} questions: {reason}"), fatal=False)
 
     def _load(self, report: str, record: CaseRecord) -> LoadedCase | None:
         """A case, or `None` with a line in the report."""
@@ -293,8 +302,8 @@ class SynerMed(datasets.GeneratorBasedBuilder):
             self._problem(report, Problem("repaired", record.name, next(iter(record.files.values())), note))
         return case
 
-    def _problem(self, report: str, problem: Problem):
-        if self.config.strict and problem.kind == "skipped":
+    def _problem(self, report: str, problem: Problem, fatal: bool = True):
+        if self.config.strict and problem.kind == "skipped" and fatal:
             raise ValueError(f"{problem.case}: {problem.reason}")
         add_problem(report, problem)
 

@@ -7,31 +7,31 @@ sentence is true of two directions: those of plain T1 say that there is no contr
 that the weighting is kept.
 """
 
-from functools import lru_cache
+from functools import cache
 
 from ..processing_synermedgen import MODALITY_NAMES, REGION_NAMES
 
 # Of modalities that are told apart only by a detail: what to ask for when the other one is shown too.
 CLARIFIED = {
-    "CT": ("CBCT", "conventional CT, not cone-beam CT"),
+    "CT": ("CBCT", "conventional (not cone-beam) CT"),
     "T1": ("T1CE", "T1-weighted MRI without contrast agent"),
     "T2": ("FLAIR", "T2-weighted MRI with bright fluid"),
 }
 
 # In all questions the images come before the text, in the order of their letters.
 CTS_QUESTIONS = (
-    "The first image is a {source} slice of the {region}. Images {letters} are {target} slices of the same patient. "
-    "Which of them shows the same slice? Answer with its letter.",
-    "Image 1: {source}, {region}. Candidates {letters}: {target}. Which candidate lies at the same height of the "
-    "patient as image 1? Give the letter only.",
+    "The first image shows the {region} in {source}. Images {letters} are {target} slices of the same patient. Which "
+    "of them shows the same slice? Answer with its letter.",
+    "Image 1: {source}, {region}. Candidates {letters}: {target}. Which candidate has the same slice position as "
+    "image 1? Give the letter only.",
     "Find the {target} partner of the {source} image that comes first: which of {letters} was cut at exactly the same "
     "place? Reply with one letter.",
-    "A {source} slice is followed by {count} {target} slices ({letters}) from one and the same scan. Which one is its "
-    "counterpart, slice for slice? Letter only.",
-    "{letters} are neighbouring {target} slices. Pick the one that matches the anatomy of the {source} reference in "
+    "One {source} slice is followed by {count} {target} slices ({letters}) from one and the same scan. Which of them "
+    "is its counterpart, slice for slice? Letter only.",
+    "{letters} are {target} slices of one volume. Pick the one that matches the anatomy of the {source} reference in "
     "front of them, and answer with its letter.",
-    "Reference: {source} of the {region}. Which {target} image, {letters}, has the same position along the body? "
-    "Answer with a letter.",
+    "Reference: {source} of the {region}. Which {target} image, {letters}, shows the same section of the body? Answer "
+    "with a letter.",
 )
 MI_QUESTIONS = (
     "The images are panels {letters}. Which panel is {target}? Answer with its letter.",
@@ -110,19 +110,19 @@ LOOKS = {
     ),
     "T2": (
         "T2-weighted greys in which free water is brightest and swollen tissue is bright too",
-        "long echo times under which fluid is white and solid tissue darker",
+        "white fluid and darker solid tissue, as after a long echo time",
     ),
     "FLAIR": (
         "T2-weighted greys in which free water is suppressed but swollen tissue is bright",
-        "an inversion pulse that turns free fluid black and spares the brightness of oedema",
+        "black free fluid beside bright oedema, as after an inversion pulse that nulls fluid",
     ),
     "MRI": (
         "well separated soft tissues in arbitrary units, with compact bone as black as air",
-        "soft-tissue contrast that comes from relaxation, with no signal of compact bone",
+        "soft-tissue contrast that comes from relaxation, and no signal of compact bone",
     ),
     "CT": (
         "white bone, narrow greys of soft tissue and black air on the Hounsfield scale",
-        "clean attenuation values, highest in bone, with fat darker than muscle",
+        "sharp borders and even greys of attenuation, highest in bone, with fat darker than muscle",
     ),
     "CBCT": (
         "bone and soft tissue under scatter shading, rings and noise, with drifting CT numbers",
@@ -138,12 +138,12 @@ NAMES = {**MODALITY_NAMES, "T1": "T1-weighted MRI without contrast agent"}
 FRAMES = (
     "{Brief_source} becomes {brief_target}.",
     "From {source} to {target}: one now sees {look_target}.",
-    "Only the contrast is another: instead of {look_source}, there is {look_target}.",
-    "The second image is the {target} counterpart of a {source} slice.",
+    "Only the contrast differs: {look_target}, and no longer {look_source}.",
+    "The first image is {source}, the second {target}.",
     "What was {brief_source} is gone, and the picture shows {look_target}.",
     "{Brief_target} takes the place of {brief_source}.",
-    "The first image has {look_source}; the second has {look_target}.",
-    "Take the {source} slice and show what {target} would show, {look_target}.",
+    "The first image shows {look_source}; the second, {look_target}.",
+    "What {source} showed is shown as {target} would: {look_target}.",
 )
 
 # What changes, in sentences of the route's own, `{hot}` from HOT_SPOTS. Opposite directions stand line by line.
@@ -182,7 +182,7 @@ CHANGES = {
     ),
     ("CT", "PET"): (
         "Density gives way to tracer uptake, at a coarser resolution.",
-        "Bone no longer stands out; what is bright now is {hot}.",
+        "Bone no longer stands out; what FDG makes bright now is {hot}.",
         "Sharp greys turn into a blurred map of sugar uptake in SUV, in which fat and bone fade and quiet tissue is "
         "nearly black.",
         "The picture no longer says how tissue absorbs X-rays but how much glucose it burns: edges blur, noise comes "
@@ -304,7 +304,7 @@ def region_name(region: str) -> str:
     return REGION_NAMES.get(region) or region.replace("-", " ") or "body"
 
 
-@lru_cache(maxsize=None)
+@cache
 def describe(source: str, target: str, region: str) -> tuple[str, ...]:
     """
     All wordings of one direction, each with what changes and what stays, in either order.
@@ -324,9 +324,10 @@ def describe(source: str, target: str, region: str) -> tuple[str, ...]:
     words |= {key.capitalize(): text[0].upper() + text[1:] for key, text in words.items() if key.startswith("brief")}
     changes = []
     if region == "brain" or not {source, target} & BRAIN_ONLY:
-        changes += [text.format(hot=HOT_SPOTS.get(region, "active tissue")) for text in CHANGES.get((source, target), ())]
+        hot = HOT_SPOTS.get(region, "active tissue")
+        changes += [text.format(hot=hot) for text in CHANGES.get((source, target), ())]
     for place, frame in enumerate(FRAMES):
-        looks = {"look_source": LOOKS[source][place % 2], "look_target": LOOKS[target][place // 2 % 2]}
+        looks = {"look_source": LOOKS[source][place % 2], "look_target": LOOKS[target][place % 2]}
         changes.append(frame.format(**words, **looks))
     stays = STAYS_OF_REGION.get(region, ()) + STAYS
     return tuple(
