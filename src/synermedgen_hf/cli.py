@@ -124,6 +124,38 @@ def export_bagel(
 
 
 @app.command()
+def preview(
+    data_dir: Annotated[Path, typer.Argument(help="Folder of scans, as for load_dataset.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write index.html, pictures and a data card to.")],
+    config: Annotated[str, typer.Option(help="understanding, cts, mi or tia")] = "understanding",
+    rows: Annotated[int, typer.Option(min=1, help="Examples on the sheet.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+):
+    """Write a sheet of understanding tasks for a person to check, and the data card of the set."""
+
+    def write():
+        from datasets import load_dataset
+        from tqdm.auto import tqdm
+
+        from .data.sheet import data_card, write_sheet
+
+        table = load_dataset("synermed", config, data_dir=str(data_dir), streaming=True, seed=seed)
+        examples, counted, splits = [], [], {}
+        for split, stream in table.items():
+            patients, before = set(), len(counted)
+            for row in tqdm(stream.decode(False), desc=split, unit="row"):
+                counted.append({key: row[key] for key in ("dataset", "region", "route", "task")})
+                patients.add(f"{row['dataset']}/{row['patient_id']}")
+            splits[split] = {"patients": len(patients), "rows": len(counted) - before}
+            examples += list(stream.take(rows - len(examples))) if len(examples) < rows else []
+        page = write_sheet(examples, output, f"SynerMed {config}")
+        (output / "README.md").write_text(data_card(data_dir.resolve().name, counted, splits))
+        return f"Wrote {page} and {output / 'README.md'}"
+
+    run(write)
+
+
+@app.command()
 def import_recipe(
     file: Annotated[Path, typer.Argument(help="YAML mixture of the original training code.")],
     data_dir: Annotated[
