@@ -201,7 +201,6 @@ def test_following_the_advice_for_a_few_names_lets_exactly_these_pass(kind):
     report.check(**{f"allow_{kind}": allowed})
 
 
-@pytest.mark.xfail(strict=True, reason="the advice is '*', under which every later loss would pass too")
 def test_the_advice_is_never_to_allow_everything(model):
     missing = [name for name in model.state_dict() if part_of(name) == "understanding"]
     with pytest.raises(ValueError) as error:
@@ -549,9 +548,6 @@ def test_missing_parts_add_up_over_several_loads(folder, weights):
     assert load_model(folder, allow_missing=VISION).config.missing_parts == ["generation", "vision"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only losses of the model are written down; the picture is made of random numbers"
-)
 def test_without_the_autoencoder_it_refuses_to_synthesise(folder, vae_weights, mr_slice):
     rewrite(vae_weights, remove=["encoder.conv_in.weight"])
     partial = load_pipe(folder, allow_missing=["vae.*"])
@@ -600,7 +596,6 @@ def test_a_damaged_file_of_the_autoencoder_is_refused(folder, vae_weights, damag
         load_pipe(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="diffusers turns the error into one of its own, which load_vae does not catch")
 def test_a_damaged_file_of_the_autoencoder_is_called_damaged(folder, vae_weights):
     cut(vae_weights, -1)
     with pytest.raises(OSError, match="autoencoder's weights are damaged or not complete.*Get them again"):
@@ -626,13 +621,12 @@ def test_a_pickle_file_is_not_read_in_place_of_safetensors(folder, weights, vae_
     for file, pickled in [(vae_weights, "diffusion_pytorch_model.bin"), (weights, "pytorch_model.bin")]:
         torch.save(load_file(file), file.with_name(pickled))
         file.unlink()
-        with pytest.raises(OSError, match=f"no file named {file.name}"):
+        with pytest.raises(OSError, match=f"{pickled} and no safetensors. Pickle files can run any code"):
             load_pipe(folder)
-    with pytest.raises(OSError, match="no file named model.safetensors"):
+    with pytest.raises(OSError, match="model.safetensors"):
         load_model(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="use_safetensors=False goes through to transformers, which reads the pickle")
 def test_a_pickle_file_is_not_read_even_when_asked_for(folder, weights):
     torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
     weights.unlink()
@@ -693,7 +687,6 @@ def test_the_table_shows_what_was_allowed(folder, weights, caplog):
     assert rows["generation"]["missing"] == "1" and rows["understanding"]["unexpected"] == "1"
 
 
-@pytest.mark.xfail(strict=True, reason="transformers and diffusers print lists of their own first, with other advice")
 def test_no_other_table_is_printed_beside_ours(folder, weights, vae_weights, caplog):
     rewrite(weights, remove=["llm2vae.bias"])
     rewrite(vae_weights, remove=["encoder.conv_in.bias"])

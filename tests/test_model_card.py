@@ -204,7 +204,7 @@ def test_it_says_what_is_unavailable_without_the_generation_expert(config, inten
     "part",
     [
         "vision",
-        pytest.param("understanding", marks=pytest.mark.xfail(strict=True, reason="only two parts are looked at")),
+        pytest.param("understanding"),
     ],
 )
 def test_it_promises_no_synthesis_that_the_pipeline_refuses(config, intensity, part):
@@ -214,7 +214,6 @@ def test_it_promises_no_synthesis_that_the_pipeline_refuses(config, intensity, p
 
 
 @pytest.mark.parametrize("part", ["vision", "understanding"])
-@pytest.mark.xfail(strict=True, reason="the tasks are listed whatever is missing")
 def test_it_promises_no_answers_that_the_pipeline_refuses(config, intensity, part):
     assert "MI, TIA" not in without(config, intensity, part)
 
@@ -261,7 +260,6 @@ def test_a_path_is_never_the_base_model(pipe, tmp_path, monkeypatch):
         assert "base_model" not in text and "runs" not in text and str(tmp_path) not in text
 
 
-@pytest.mark.xfail(strict=True, reason="whatever the model was loaded from is its base, the repository itself too")
 def test_no_repository_is_its_own_base_model(pipe):
     pipe.push_to_hub("lab/itself")
     SynerMedGenPipeline.from_pretrained("lab/itself").push_to_hub("lab/itself")
@@ -314,7 +312,6 @@ def test_an_evaluation_without_protocol_or_routes_is_refused(config, intensity, 
     ],
     ids=["a-list", "no-routes", "unnamed", "no-value", "not-a-number", "other-columns", "a-text"],
 )
-@pytest.mark.xfail(strict=True, reason="only the two outer names are checked; what follows is whatever Python says")
 def test_an_evaluation_whose_records_cannot_be_shown_is_refused(config, intensity, evaluation):
     with pytest.raises(ValueError, match="evaluation"):
         make_model_card(config, intensity, "bad", evaluation=evaluation)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file, is_peft_available
 
-from .loading_synermedgen import LoadReport
+from .loading_synermedgen import LoadReport, check_no_pickle, without_reports
 from .model_card import make_model_card, may_replace_card
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,13 @@ WEIGHTS = tuple(
 )
 STAGING = ".incomplete"
 
-COMPONENTS = ("model", "processor", "vae", "scheduler")
+CONFIG_FILES = {
+    "model": "config.json",
+    "processor": "processor_config.json",
+    "vae": "config.json",
+    "scheduler": "scheduler_config.json",
+}
+COMPONENTS = tuple(CONFIG_FILES)
 HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 _FETCH_MARK = "# Names, for a download, the files that must come along; never run."
@@ -121,7 +127,8 @@ def complete_repository(folder: Path, remote_code: bool = True):
         remote_code (`bool`, defaults to `True`): Carry the code, for use without the package.
     """
     model, processor = folder / "model", folder / "processor"
-    index = _read_json(folder / "model_index.json")
+    index = _without(_read_json(folder / "model_index.json"), "_name_or_path")
+    _write_json(folder / "vae" / "config.json", _without(_read_json(folder / "vae" / "config.json"), "_name_or_path"))
     if remote_code:
         here = Path(__file__).parent
         for name in CODE:
@@ -198,37 +205,58 @@ def check_folder(path, given: dict[str, Any]):
         return  # a Hub repository
     if not folder.is_dir():
         raise NotADirectoryError(f"{path} is a file; name the folder of a pipeline.")
-    absent = [name for name in COMPONENTS if name not in given and not (folder / name).is_dir()]
+    needed = {name: f"{name}/{file}" for name, file in CONFIG_FILES.items() if name not in given}
+    absent = [file for file in needed.values() if not (folder / file).is_file()]
     if not absent:
+        kind = "synermedgen" if "model" in given else _read_json(folder / needed["model"]).get("model_type")
+        if kind != "synermedgen":
+            raise OSError(f"{path} holds a pipeline of another kind: its model is a {kind}.")
+        if not given and not (folder / "model_index.json").is_file():
+            raise OSError(f"{path} lacks model_index.json: a save into it was interrupted. Save it or get it again.")
         return
     advice = "Name the folder that save_pretrained or convert-bagel wrote."
     if (folder / "llm_config.json").exists():
         advice = "It holds an original BAGEL-family checkpoint: synermedgen convert-bagel makes a pipeline of it."
+    elif (folder / "model_index.json").exists():
+        advice = "The pipeline is not complete: get it again, or pass the components that are missing."
     elif (folder / "config.json").exists():
         advice = "It looks like a model or a component alone: load it with its Auto class, or name the folder above it."
-    raise OSError(f"{path} is not a SynerMedGen pipeline: it lacks {', '.join(absent)}/. {advice}")
+    raise OSError(f"{path} is not a SynerMedGen pipeline: it lacks {', '.join(absent)}. {advice}")
 
 
 def load_vae(path, dtype: torch.dtype, **where) -> tuple[AutoencoderKL, LoadReport]:
     """The autoencoder of a pipeline folder or repository, and what was loaded of it."""
+    check_no_pickle(path, "vae")
     try:
-        vae, info = AutoencoderKL.from_pretrained(
-            path,
-            subfolder="vae",
-            torch_dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them
-            low_cpu_mem_usage=False,  # which cannot be had with the line above
-            **where,
-        )
-    except SafetensorError as error:
+        with without_reports("diffusers.models.modeling_utils"):
+            vae, info = AutoencoderKL.from_pretrained(
+                path,
+                subfolder="vae",
+                torch_dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report names them
+                low_cpu_mem_usage=False,  # which cannot be had with the line above
+                **where,
+            )
+    except (SafetensorError, OSError) as error:
         raise OSError(
-            f"{path}: the autoencoder's weights are damaged or not complete ({error}). Get them again."
+            f"{path}: the autoencoder's weights are damaged or not complete, or not there ({error}). Get them again."
         ) from error
     # Or it would be saved, and published, with the path it was loaded from.
     vae.register_to_config(_name_or_path="")
     return vae.eval(), LoadReport.from_loading_info(path, vae, info, prefix="vae.")
+
+
+def check_plain_lora(source: str, config):
+    """Raise a `ValueError` for an adapter that changes more than low-rank additions, and so could not be taken out."""
+    odd = {
+        "bias": getattr(config, "bias", "none") != "none",
+        "use_dora": getattr(config, "use_dora", False),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None) is not None,
+    }
+    if odd := [name for name, is_set in odd.items() if is_set]:
+        raise ValueError(f"The adapter {source} uses {', '.join(odd)}; only plain LoRA adapters are loaded.")
 
 
 class HubMixin:
@@ -277,6 +305,7 @@ class HubMixin:
         dtype = dtype or torch_dtype or torch.float32
         dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
         of = {name: dtypes.get(name, dtypes.get("default", torch.float32)) for name in ("model", "vae")}
+        of = {name: getattr(torch, one) if isinstance(one, str) else one for name, one in of.items()}
         allowed = {"allow_missing": allow_missing, "allow_unexpected": allow_unexpected}
         report = LoadReport(str(path))
         if "model" not in components:
@@ -289,6 +318,9 @@ class HubMixin:
             vae_report.routes = report.routes
             vae_report.check(**allowed)
             report += vae_report
+            if vae_report.missing:
+                config = components["model"].config
+                config.missing_parts = sorted({*config.missing_parts, "autoencoder"})
             if kwargs.get("device_map") is not None:
                 components["vae"].to(components["model"].device)
         if "processor" not in components:
@@ -334,8 +366,13 @@ class HubMixin:
         """
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("Weights are saved as safetensors only: safe_serialization=False would be pickle.")
+        known = ("repo_id", "commit_message", "private", "token", "create_pr") if push_to_hub else ()
+        if unknown := [name for name in kwargs if name not in known]:
+            raise TypeError(f"save_pretrained got unknown arguments: {', '.join(unknown)}.")
         save_directory = Path(save_directory)
         title = save_directory.resolve().name
+        if push_to_hub:
+            card = {"repo_id": kwargs.get("repo_id", title), **(card or {})}
         intensity = self.processor.image_processor.intensity
         card = make_model_card(self.model.config, intensity, **{"title": title, **(card or {})})
         with staged(save_directory) as folder:
@@ -378,7 +415,7 @@ class HubMixin:
         Returns:
             `str`: The address of the commit.
         """
-        card = {"title": repo_id.split("/")[-1], **(card or {})}
+        card = {"title": repo_id.split("/")[-1], "repo_id": repo_id, **(card or {})}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code, card=card)
             return self.upload_repository(folder, repo_id, commit_message, private, token, create_pr)
@@ -436,17 +473,23 @@ class HubMixin:
         if adapter_name in getattr(self.model, "peft_config", {}):
             raise ValueError(f"An adapter called {adapter_name!r} is loaded already; choose another adapter_name.")
         source = str(pretrained_model_name_or_path)
-        weights = load_file(cached_file(source, "adapter_model.safetensors", **where))
+        file = cached_file(source, "adapter_model.safetensors", **where)
+        try:
+            weights = load_file(file)
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged or not complete ({error}). Get it again.") from error
         config = PeftConfig.from_pretrained(source, **where)
+        check_plain_lora(source, config)
         trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            info = self.model.load_adapter(adapter_name=adapter_name, peft_config=config, adapter_state_dict=weights)
-            own = [name for name in self.model.state_dict() if ".lora_" in name and f".{adapter_name}." in name]
-            LoadReport(
-                source,
-                missing=sorted(info.missing_keys.intersection(own)),
-                unexpected=sorted(info.unexpected_keys),
-            ).check()
+            with without_reports("transformers.integrations.peft"):
+                info = self.model.load_adapter(
+                    adapter_name=adapter_name, peft_config=config, adapter_state_dict=weights
+                )
+            own = {name for name in self.model.state_dict() if ".lora_" in name and f".{adapter_name}." in name}
+            for what, names in (("missing", info.missing_keys & own), ("unexpected", info.unexpected_keys)):
+                if names:
+                    raise ValueError(f"Tensors {what}: {', '.join(sorted(names)[:8])}")
         except Exception as error:
             self.remove_adapters([adapter_name])
             raise ValueError(f"The adapter {source} does not fit this model, which stays as it was. {error}") from error
@@ -495,8 +538,9 @@ class HubMixin:
         if getattr(self.model, "peft_config", None):
             return
         for name, module in list(self.model.named_modules()):
-            if hasattr(module, "base_layer"):
-                self.model.set_submodule(name, module.base_layer)
+            for wrapped in ("base_layer", "original_module"):
+                if hasattr(module, wrapped):
+                    self.model.set_submodule(name, getattr(module, wrapped))
         self.model._hf_peft_config_loaded = False
 
 

@@ -4,13 +4,16 @@ Weights that quietly failed to load are the most expensive mistake with models o
 the pictures are noise. So every `from_pretrained`, the converters and the trainers go through a [`LoadReport`].
 """
 
+import contextlib
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -248,14 +251,53 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _allowing(names: list[str]) -> list[str]:
-    """The shortest way to allow exactly these names, in patterns of whole parts where a part is gone."""
+    """The shortest way to allow these names: patterns of whole parts where a part is gone, of all layers elsewhere."""
     patterns = []
     for part, own in PART_PATTERNS.items():
         concerned = [name for name in names if part_of(name) == part]
         if len(concerned) > _SHOWN:
             patterns += [pattern for pattern in own if any(fnmatchcase(name, pattern) for name in concerned)]
             names = [name for name in names if name not in concerned]
-    return patterns + (names if len(names) <= _SHOWN else ["*"])
+    if len(names) > _SHOWN:
+        names = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+    return patterns + names
 
 
-__all__ = ["LoadReport", "combine_digests", "part_of", "tensor_digest", "weights_checksum"]
+@contextlib.contextmanager
+def without_reports(logger: str) -> Iterator[None]:
+    """Keep a library from printing its own table of what did not load: ours says it, and raises."""
+
+    def others(record):
+        text = record.getMessage()
+        return not any(words in text for words in ("LOAD REPORT", "newly initialized", "were not used when"))
+
+    logging.getLogger(logger).addFilter(others)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(others)
+
+
+def check_no_pickle(path: str | os.PathLike, subfolder: str = ""):
+    """Raise an `OSError` for a local folder whose only weights are pickle files."""
+    folder = Path(path or "") / subfolder
+    if not path or not folder.is_dir() or any(folder.glob("*.safetensors*")):
+        return
+    if pickles := sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)
+    ):
+        raise OSError(
+            f"{folder} holds {', '.join(pickles[:5])} and no safetensors. Pickle files can run any code and are never "
+            "read: get the safetensors release, or save them as safetensors where you trust them."
+        )
+
+
+__all__ = [
+    "LoadReport",
+    "check_no_pickle",
+    "combine_digests",
+    "part_of",
+    "tensor_digest",
+    "weights_checksum",
+    "without_reports",
+]

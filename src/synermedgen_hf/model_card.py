@@ -1,6 +1,7 @@
 """The model card of a saved pipeline: what it can do, on which scale, what it has seen, and for whom it is not."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ def make_model_card(
     datasets: list[str] | None = None,
     training_data: str | None = None,
     evaluation: dict | str | os.PathLike | None = None,
+    repo_id: str | None = None,
 ) -> ModelCard:
     """
     The model card of a pipeline: what it can do, on which scale, what it has seen, how well it did, and for whom it is
@@ -36,6 +38,7 @@ def make_model_card(
         training_data (`str`, *optional*): A statement of what the weights have seen, in words.
         evaluation (`dict` or path, *optional*): As `examples/evaluate_routes.py` writes it, or its path: `protocol`,
             `subjects`, and `routes` with one record each. It becomes the card's model-index and a table.
+        repo_id (`str`, *optional*): Where it will be published: no model is its own base.
 
     Returns:
         `huggingface_hub.ModelCard`
@@ -46,11 +49,11 @@ def make_model_card(
     if base_model is None:
         loaded_from = getattr(config, "_name_or_path", "") or ""
         is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", loaded_from) and not Path(loaded_from).exists()
-        base_model = loaded_from if is_repository else None
+        base_model = loaded_from if is_repository and loaded_from != repo_id else None
     if isinstance(evaluation, (str, os.PathLike)):
         evaluation = json.loads(Path(evaluation).read_text())
-    if evaluation is not None and not {"protocol", "routes"} <= evaluation.keys():
-        raise ValueError(f"The evaluation must hold 'protocol' and 'routes', got {', '.join(evaluation) or 'nothing'}.")
+    if evaluation is not None:
+        check_evaluation(evaluation)
     results = _eval_results(evaluation) if evaluation else None
     data = ModelCardData(
         library_name="diffusers",
@@ -110,6 +113,25 @@ def make_model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
+def check_evaluation(evaluation):
+    """Raise a `ValueError` for an evaluation that makes no table: it names the record."""
+    if not isinstance(evaluation, dict) or not {"protocol", "routes"} <= evaluation.keys():
+        got = ", ".join(map(str, evaluation)) if isinstance(evaluation, dict) else type(evaluation).__name__
+        raise ValueError(f"The evaluation must hold 'protocol' and 'routes', got {got or 'nothing'}.")
+    records = evaluation["routes"]
+    if not isinstance(records, list) or not records:
+        raise ValueError("The evaluation's 'routes' must be a list of records, and holds none.")
+    for place, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("route"), str):
+            raise ValueError(f"Record {place} of the evaluation's routes is no object with a 'route': {record!r}.")
+        if record.keys() != records[0].keys():
+            raise ValueError(f"Record {place} of the evaluation, {record['route']}, has other columns than the first.")
+        for name, value in record.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if name != "route" and not is_number:
+                raise ValueError(f"{name} of {record['route']} in the evaluation is no number: {value!r}.")
+
+
 def may_replace_card(text: str | None) -> bool:
     """Whether a repository's README is ours to write: there is none, or it still carries our mark."""
     return text is None or CARD_MARK in text
@@ -117,13 +139,15 @@ def may_replace_card(text: str | None) -> bool:
 
 def _routes_text(config) -> str:
     lines = []
-    if "generation" in config.missing_parts or "vision" in config.missing_parts:
+    if config.missing_parts:
         lines.append(f"Synthesis is unavailable: without its {' and '.join(config.missing_parts)} weights.")
     elif config.trained_routes:
         lines.append("Synthesis:\n\n" + "\n".join(f"* {name}" for name in config.trained_routes))
     else:
         lines.append("Synthesis: it is not recorded which routes these weights were trained for.")
-    if config.trained_tasks:
+    if blind := [part for part in config.missing_parts if part in ("understanding", "vision")]:
+        lines.append(f"Understanding is unavailable: without its {' and '.join(blind)} weights.")
+    elif config.trained_tasks:
         lines.append(f"Understanding: {', '.join(config.trained_tasks)}.")
     else:
         lines.append("Understanding: not trained; it does not identify modalities or answer questions.")
@@ -132,7 +156,7 @@ def _routes_text(config) -> str:
 
 def _intensity_table(intensity: dict[str, dict]) -> str:
     rows = ["| modality | unit | window | scale |", "|---|---|---|---|"]
-    for modality, record in intensity.items():
+    for modality, record in sorted(intensity.items()):
         if "percentile" in record:
             window = f"{record['low']:g} to the {record['percentile']:g}th percentile of the volume"
         else:

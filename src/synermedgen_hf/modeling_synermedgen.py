@@ -45,7 +45,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import logging
 
 from .configuration_synermedgen import SynerMedGenConfig, SynerMedGenTextConfig
-from .loading_synermedgen import LoadReport
+from .loading_synermedgen import LoadReport, check_no_pickle, without_reports
 
 logger = logging.get_logger(__name__)
 
@@ -514,7 +514,7 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # The way into and out of the latent space is a thousandth of the weights and decides the picture: kept at float32
     # in half precision, and left out of quantisation.
-    _keep_in_fp32_modules = [".*vae2llm", ".*llm2vae", ".*time_embedder"]
+    _keep_in_fp32_modules = [r"(model\.)?vae2llm", "llm2vae", r"(model\.)?time_embedder"]
 
     @classmethod
     def from_pretrained(
@@ -546,14 +546,18 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
             `OSError`: There are no safetensors (pickle files are never read), or a file is damaged.
         """
         allowed_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs.pop("use_safetensors", None)  # always: without, pickle files would be read
+        check_no_pickle(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-                **{"use_safetensors": True, **kwargs},
-            )
+            with without_reports("transformers.modeling_utils"):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are named below
+                    use_safetensors=True,
+                    **kwargs,
+                )
         except SafetensorError as error:
             raise OSError(
                 f"{pretrained_model_name_or_path}: a weights file is damaged or not complete ({error}). Get it again; "
@@ -567,12 +571,16 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
         report.check(allow_missing, allow_unexpected)
         if report.missing:
             model.config.missing_parts = sorted({*model.config.missing_parts, *report.missing_parts})
+        if model.can_generate() and model.generation_config.suppress_tokens is None:
+            model.forbid_stand_ins()  # a download may come without generation_config.json
         model.load_report = report
         if print_report and os.environ.get("RANK", "0") == "0":
             logger.warning(report.table({"": model}))
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self, save_directory, state_dict: dict | None = None, max_shard_size: int | str = "5GB", **kwargs
+    ):
         r"""
         Save config, code and all weights as transformers does. With adapters loaded, which transformers would save
         alone, the base weights are saved all the same, and each adapter beside them in `lora/NAME`.
@@ -580,8 +588,11 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
         Args:
             save_directory (`str` or `os.PathLike`): Made if it does not exist.
             state_dict (`dict[str, torch.Tensor]`, *optional*): Instead of the model's own, as trainers pass it.
-            kwargs: As in transformers: `max_shard_size`, `is_main_process`, `push_to_hub`, ...
+            max_shard_size (`int` or `str`, defaults to `"5GB"`): Of one file of weights.
+            kwargs: As in transformers: `is_main_process`, `push_to_hub`, ...
         """
+        # What transformers did to the names of an adapter, it would undo to those of the model.
+        kwargs |= {"max_shard_size": max_shard_size, "save_original_format": False}
         # Entries of a repository that this was loaded from would point there.
         self.config.auto_map = dict(AUTO_MAP)
         if not self._hf_peft_config_loaded:
@@ -891,7 +902,11 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.llm2vae = VelocityHead(config.text_config.hidden_size, config.latent_token_dim)
         self.post_init()
-        # Stand-ins mark places and are no words.
+        self.forbid_stand_ins()
+
+    def forbid_stand_ins(self):
+        """Stand-ins mark places and are no words: an answer must not hold any."""
+        config = self.config
         self.generation_config.suppress_tokens = [
             config.image_token_id,
             config.latent_token_id,

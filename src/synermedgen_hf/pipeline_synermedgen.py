@@ -25,6 +25,7 @@ from .image_processing_synermedgen import SliceInputs, load_slice, patchify, to_
 from .processing_synermedgen import (
     MODALITY_NAMES,
     MODALITY_QUESTION,
+    SPECIAL_TOKENS,
     BlockSequence,
     ImageBlock,
     TextBlock,
@@ -179,21 +180,22 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
                     parameter.data = parameter.data.clone()
 
     def check_components(self):
-        """Raise a `ValueError` if the image processor makes other grids than the model and the VAE expect."""
+        """Raise a `ValueError` if processor, model and VAE are of different checkpoints: other grids, other tokens."""
         config, image_processor = self.model.config, self.processor.image_processor
-        wanted = {
-            "latent_stride": self.vae_scale_factor * config.latent_patch_size,
-            "latent_max_per_side": config.max_latent_size,
-            "vit_patch_size": config.vision_config.patch_size,
-            "vit_max_patches_per_side": config.vision_patches_per_side,
+        pairs = {
+            "latent_stride": (image_processor.latent_stride, self.vae_scale_factor * config.latent_patch_size),
+            "latent_max_per_side": (image_processor.latent_max_per_side, config.max_latent_size),
+            "vit_patch_size": (image_processor.vit_patch_size, config.vision_config.patch_size),
+            "vit_max_patches_per_side": (image_processor.vit_max_patches_per_side, config.vision_patches_per_side),
+            **{name: (getattr(self.processor, name), getattr(config, name)) for name in SPECIAL_TOKENS},
         }
-        wrong = {
-            name: getattr(image_processor, name) for name in wanted if getattr(image_processor, name) != wanted[name]
-        }
-        if wrong:
+        has, needs = ({name: pair[side] for name, pair in pairs.items() if pair[0] != pair[1]} for side in (0, 1))
+        if has:
+            raise ValueError(f"The processor does not fit the model and its VAE: it has {has}, they need {needs}.")
+        if self.vae.config.latent_channels != config.latent_channels:
             raise ValueError(
-                f"The image processor does not fit the model and its VAE: it has {wrong}, they need "
-                f"{ {name: wanted[name] for name in wrong} }."
+                f"The VAE does not fit the model: its latents have {self.vae.config.latent_channels} channels, and the "
+                f"model's {config.latent_channels}."
             )
 
     # 1. Check everything before any computing ------------------------------------------------------------------------
@@ -751,7 +753,8 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
     # 5. Understanding -------------------------------------------------------------------------------------------------
 
     def check_task(self, task: str, what: str):
-        missing = [part for part in self.model.config.missing_parts if part != "generation"]
+        parts = ("understanding", "vision")  # the others only synthesise
+        missing = [part for part in self.model.config.missing_parts if part in parts]
         if missing:
             raise ValueError(f"This checkpoint came without its {' and '.join(missing)} weights, so it cannot {what}.")
         if task not in self.model.config.trained_tasks:
@@ -804,6 +807,9 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
         self.check_task(tasks[0] if tasks else "any", "answer questions")
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         inputs = self.question_inputs(images, question)
+        # generate() encodes the images before it calls forward, where offloading would bring the model in.
+        if (hook := getattr(self.model, "_hf_hook", None)) is not None:
+            hook.pre_forward(self.model)
         generated = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answer = generated[0, inputs["input_ids"].shape[1] :]
         self.maybe_free_model_hooks()
