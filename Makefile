@@ -67,6 +67,8 @@ quality: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(PY) examples/benchmark.py
+	$(PY) examples/benchmark_checkpoints.py
+	$(PY) examples/benchmark_data.py
 
 # The script calls `python`.
 train-tiny: $(INSTALLED)
