@@ -398,7 +398,7 @@ VOLUMES = {
     ("brain", "synthrad"): Stack(("MRI", "CT", "CBCT"), -26, 88, 1, 1),
     ("pelvis", "synthrad"): Stack(("MRI", "CT", "CBCT"), -55, 110, 2.5, 2.5),
     ("head-neck", "synthrad"): Stack(("MRI", "CT", "CBCT"), -180, 45, 3, 3),
-    ("thorax", "synthrad"): Stack(("MRI", "CT", "CBCT"), 428, 638, 3, 3),
+    ("thorax", "synthrad"): Stack(("MRI", "CT", "CBCT"), 428, 626, 3, 3),
     ("abdomen", "synthrad"): Stack(("MRI", "CT", "CBCT"), 255, 470, 3, 3),
     ("brain", "brats"): Stack(("T1", "T1CE", "T2", "FLAIR"), -70, 85, 1, 1),
     ("whole-body", "autopet"): Stack(("CT", "PET"), 8, 912, 1.5, 3),
@@ -455,7 +455,8 @@ def simulate_volume(
     """
     Simulate one examination of one patient, the same for the same arguments.
 
-    The patients are others than those of [`simulate_case`]. Needs about 150 bytes of memory per voxel while it runs.
+    The patients are others than those of [`simulate_case`]. Needs 150 to 450 bytes of memory per voxel while it
+    runs, the more the more kinds of tissue there are.
 
     Args:
         region, protocol (`str`): A key of [`VOLUMES`].

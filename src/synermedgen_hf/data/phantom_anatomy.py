@@ -70,8 +70,14 @@ class Tissue:
     def paint(self, name: str, cover: np.ndarray, structure: str | None = None):
         """Cover by `cover` in [0, 1] whatever lies there; where it is the larger part, it belongs to `structure`."""
         uncovered = 1 - cover
-        for index in self._painted:
-            self.fractions[index] *= uncovered
+        # Most structures are small: outside the box around what changes, nothing is multiplied by 1.
+        changed = uncovered != 1
+        flat = changed.any(0)
+        within = (changed.any((1, 2)), flat.any(1), flat.any(0))
+        if flat.any():
+            box = tuple(slice(places[0], places[-1] + 1) for places in map(np.flatnonzero, within))
+            for index in self._painted:
+                self.fractions[index][box] *= uncovered[box]
         self.fractions[self.names.index(name)] += cover
         self._painted.add(self.names.index(name))
         if structure is not None:
@@ -326,7 +332,7 @@ def _paint_face_and_neck(rng: np.random.Generator, tissue: Tissue, grid: Grid, a
     levels = [-230, -205, -185, -165, -140, -126, -115, -98, -60, -30, -5, 15]
     wide = np.interp(z, levels, [175, 135, 90, 68, 58, 57, 60, 64, 70, 73, 72, 55])
     front = np.interp(z, levels, [78, 72, 62, 52, 50, 58, 84, 90, 90, 90, 86, 40])
-    back = np.interp(z, levels, [-98, -95, -90, -86, -82, -80, -80, -82, -88, -92, -95, -60])
+    back = np.interp(z, levels, [-98, -96, -93, -90, -87, -87, -90, -96, -108, -110, -104, -60])
     deep, middle = (front - back) / 2, (front + back) / 2
     ahead = np.clip((y - middle) / deep, 0, 1)
     narrowed = wide * (1 - 0.22 * ahead**2 * soft(z + 125, 12))
@@ -759,7 +765,7 @@ def draw_body(
     bone(np.minimum(16 - np.hypot(ax - 102, y), 95 - z), 5.5)
     if not raised:
         bone(np.minimum(arm - 21, 640 - z), 4.5)
-    bone(ellipsoid(grid.mirrored, (128 if detail else 150, -5, 632), (24, 24, 24)), 2.5)
+    bone(ellipsoid(grid.mirrored, (128 if detail and raised else 150, -5, 632), (24, 24, 24)), 2.5)
 
     tissue.paint("cortical bone", soft(head - 7, pixel), "bone")
     # The face is a mixture of small bones and soft tissue.
@@ -834,7 +840,7 @@ def _paint_trunk_detail(rng: np.random.Generator, tissue: Tissue, grid: Grid, tr
     paint("blood", 6 - np.hypot(x + 12, y - 16 + 0.4 * (z - 385)), free * soft(z - 355, 8) * soft(425 - z, 8))
     gallbladder = ellipsoid(grid[:3], (-52 + rng.normal(0, 4), 46, 366), (13, 19, 27))
     paint("bowel", gallbladder + 1.5, soft(trunk - 18, pixel))
-    paint("urine", gallbladder, soft(trunk - 18, pixel), "gallbladder")
+    paint("csf", gallbladder, soft(trunk - 18, pixel), "gallbladder")  # bile: as watery, and without FDG
     inside = soft(trunk - 20, pixel)
     lumps = 3.5 * np.cos(z * 2 * np.pi / 42 + rng.uniform(0, 6)) + ragged
     transverse = np.hypot(y - 58 - 0.0008 * x**2, z - 300 + 0.0022 * x**2 + 8 * np.sin(x / 40))
@@ -948,7 +954,7 @@ def heart_anatomy(
         return (1 - np.hypot((x - across) / wide, (y - along) / deep)) * min(wide, deep)
 
     # The chest around it: the breastbone ahead on the left, the spine behind, the liver below.
-    wide, deep = 150 + jitter(6), 112 + jitter(5)
+    wide, deep = 140 + jitter(5), 110 + jitter(4)
     body = (1 - (np.abs((x + 22) / wide) ** 2.4 + np.abs((y + 18) / deep) ** 2.4) ** (1 / 2.4)) * deep
     fat = rng.uniform(8, 24)
     paint("skin", body)
