@@ -124,6 +124,48 @@ def export_bagel(
 
 
 @app.command()
+def phantom(
+    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="How to lay it out: synthrad2023-task1, synthrad2023-task2, synthrad2025-task1, synthrad2025-task2, "
+            "brats2018, brats2019, brats2020, brats2021, brats2023, autopet, autopet-nnunet, myops2020, manifest, "
+            "synermed."
+        ),
+    ] = "synthrad2023-task1",
+    subjects: Annotated[int, typer.Option(min=1, help="Patients in all.")] = 4,
+    seed: Annotated[int, typer.Option(help="Another one makes other patients.")] = 0,
+    size: Annotated[int, typer.Option(min=32, help="Pixels of a slice's longer side.")] = 64,
+    num_slices: Annotated[
+        int | None, typer.Option(min=1, help="Slices of a volume.  [default: as the size asks]")
+    ] = None,
+    misregistration: Annotated[bool, typer.Option(help="Move modalities against one another by a little.")] = False,
+    breathing: Annotated[bool, typer.Option(help="Lift the organs in PET against CT.")] = False,
+    num_proc: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+):
+    """Write simulated patients in the layout of a public data set, to try things on. Research use only."""
+
+    def write():
+        from .data.layouts import write_layout
+
+        written = write_layout(
+            layout,
+            output,
+            subjects,
+            seed=seed,
+            size=size,
+            num_slices=num_slices,
+            misregistration=misregistration,
+            breathing=breathing,
+            num_proc=num_proc,
+        )
+        return f"Wrote {written.cases} cases, {written.files} files, {written.bytes / 1e6:.1f} MB to {written.folder}"
+
+    run(write)
+
+
+@app.command()
 def preview(
     data_dir: Annotated[Path, typer.Argument(help="Folder of scans, as for load_dataset.")],
     output: Annotated[Path, typer.Argument(help="Folder to write index.html, pictures and a data card to.")],

@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Features, Image, List, Value
 
 from .pairs import PAIR_FEATURES, pair_rows
-from .phantom import PROTOCOLS, SPLIT_SEEDS, simulate_case
+from .phantom import PROTOCOLS, SPLIT_SEEDS, simulate_volume
 from .released import find_released, read_generation_rows, read_understanding_rows, released_shards
 from .sources import CaseRecord, LoadedCase, Problem, keep_pairs, load_case, scan
 from .splits import SPLITS, add_problem, hash_unit, read_report, read_splits, split_patients, write_splits, write_whole
@@ -76,7 +76,8 @@ class SynerMedConfig(datasets.BuilderConfig):
             name_share: Of the tasks; see
             [`~synermedgen_hf.data.understanding.TaskSampler`].
         phantom_cases (`int`, defaults to 0): Simulated patients per protocol and split instead of files.
-        phantom_slices, phantom_size (`int`): Slices per patient, pixels of the longer side.
+        phantom_slices, phantom_size (`int`): Axial slices per patient (by default the whole region), pixels of the
+            longer side.
     """
 
     task: str = "pairs"
@@ -99,7 +100,7 @@ class SynerMedConfig(datasets.BuilderConfig):
     mix: dict[str, float] | None = None
     name_share: float = 0.5
     phantom_cases: int = 0
-    phantom_slices: int = 8
+    phantom_slices: int | None = None
     phantom_size: int = 128
 
     def create_config_id(self, config_kwargs: dict, custom_features=None) -> str:
@@ -160,12 +161,12 @@ def phantom_records(split: str, count: int) -> list[CaseRecord]:
     ]
 
 
-def load_phantom_case(record: CaseRecord, num_slices: int, size: int) -> LoadedCase:
+def load_phantom_case(record: CaseRecord, num_slices: int | None, size: int) -> LoadedCase:
     """A simulated patient in the form of [`load_case`]."""
     from ..image_processing_synermedgen import SynerMedGenImageProcessor
 
     protocol = record.dataset.removeprefix("phantom-")
-    case = simulate_case(record.region, protocol, int(record.case_id.rsplit("-", 1)[1]), num_slices, size)
+    case = simulate_volume(record.region, protocol, int(record.case_id.rsplit("-", 1)[1]), size, num_slices)
     processor, windows = SynerMedGenImageProcessor(), {}
     for name, volume in case.images.items():
         low, high = processor.intensity_window(volume, name)
@@ -190,7 +191,7 @@ class SynerMed(datasets.GeneratorBasedBuilder):
         SynerMedConfig(name="cts", task="cts", description="Which slice belongs to this one"),
         SynerMedConfig(name="mi", task="mi", description="Which modality is it"),
         SynerMedConfig(name="tia", task="tia", description="What does the change of modality change"),
-        SynerMedConfig(name="phantom", phantom_cases=20, description="Pairs of simulated patients"),
+        SynerMedConfig(name="phantom", phantom_cases=4, description="Pairs of simulated patients"),
     ]
     DEFAULT_CONFIG_NAME = "pairs"
     # A row holds two float32 slices; the default of 1000 rows would hold half a gigabyte.
