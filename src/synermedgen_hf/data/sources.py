@@ -150,6 +150,8 @@ NNUNET_FILE = re.compile(r"^(fdg|psma)_([^_]+)_(.+)_000([01])$", re.IGNORECASE)
 MYOPS_FILE = re.compile(r"^(myops_(?:training|test)_\d+)_(C0|DE|T2|gd)$", re.IGNORECASE)
 # Balanced SSFP has no name of its own here; late enhancement is a T1-weighted image after contrast.
 MYOPS_FILES = {"c0": "MRI", "de": "T1CE", "t2": "T2"}
+# Labels that lie in folders of their own; they are found from their images.
+LABELS = re.compile(r"^labels[^/]*/(fdg|psma)_|_gd$", re.IGNORECASE)
 MANIFESTS = ("manifest.csv", "manifest.jsonl")
 
 
@@ -203,7 +205,7 @@ def scan(root: str | Path) -> tuple[list[CaseRecord], list[Problem]]:
             if found or own:
                 break
         else:
-            stray += len(volumes)
+            stray += sum(not LABELS.search(f"{folder.name}/{name}") for name in volumes)
         problems += own
         for case in found:
             if case.name in cases:

@@ -310,6 +310,10 @@ class SynerMed(datasets.GeneratorBasedBuilder):
 
     def _download_and_prepare(self, *args, **kwargs):
         super()._download_and_prepare(*args, **kwargs)
+        # A split whose every case was bad has no rows, and would make the others unreadable.
+        for empty in [name for name, split in self.info.splits.items() if split.num_examples == 0]:
+            del self.info.splits[empty]
+            logger.warning(f"SynerMed: the split {empty} has no rows and is left out.")
         counts = Counter(problem.kind for problem in read_report(self.report_file))
         if counts:
             said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
