@@ -152,16 +152,8 @@ def test_the_data_may_lie_elsewhere(released, tmp_path):
         ("unified_edit: {weight: -1}\n", "the weight of unified_edit must be a number of at least 0, got -1"),
         ("unified_edit: {weight: much}\n", "must be a number of at least 0, got 'much'"),
         ("unified_edit: {weight: true}\n", "must be a number of at least 0, got True"),
-        pytest.param(
-            "unified_edit: {weight: .inf}\nvlm_sft: {weight: 1}\n",
-            "must be a number of at least 0, got inf",
-            marks=pytest.mark.xfail(strict=True, reason="code with probabilities=[nan, 0]"),
-        ),
-        pytest.param(
-            "unified_edit: {weight: .nan}\nvlm_sft: {weight: 1}\n",
-            "must be a number of at least 0, got nan",
-            marks=pytest.mark.xfail(strict=True, reason="taken as weight 0"),
-        ),
+        pytest.param("unified_edit: {weight: .inf}\nvlm_sft: {weight: 1}\n", "must be a number of at least 0, got inf"),
+        pytest.param("unified_edit: {weight: .nan}\nvlm_sft: {weight: 1}\n", "must be a number of at least 0, got nan"),
     ],
 )
 def test_what_is_no_mixture_is_refused_by_name(released, text, words):
@@ -179,16 +171,8 @@ def test_files_and_folders_that_are_not_there_are_said(released, tmp_path):
 @pytest.mark.parametrize(
     ("text", "remark"),
     [
-        pytest.param(
-            "unified_edit: {dataset_names: seedxedit_multi}\n",
-            "was called seedxedit_multi",
-            marks=pytest.mark.xfail(strict=True, reason="one name is written letter by letter"),
-        ),
-        pytest.param(
-            "unified_edit: {num_used_data: [10]}\n",
-            "num_used_data 10:",
-            marks=pytest.mark.xfail(strict=True, reason="written as the list [10]"),
-        ),
+        pytest.param("unified_edit: {dataset_names: seedxedit_multi}\n", "was called seedxedit_multi"),
+        pytest.param("unified_edit: {num_used_data: [10]}\n", "num_used_data 10:"),
     ],
 )
 def test_remarks_read_well(released, text, remark):
@@ -196,7 +180,6 @@ def test_remarks_read_well(released, text, remark):
 
 
 def test_a_mixture_is_utf8_whatever_the_machine_thinks(released, request, ascii_locale):
-    request.applymarker(pytest.mark.xfail(strict=True, reason="read in the encoding of the locale"))
     (released / "mixture.yaml").write_text(f"# Übung\n{MIXTURE}", encoding="utf-8")
     assert "0.75" in import_recipe(released / "mixture.yaml")
 

@@ -77,7 +77,15 @@ def pair_rows(case: LoadedCase, routes: list[str] | None = None, slice_step: int
     if not pairs:
         return
     needed = {name for pair in pairs for name in pair}
-    windows = {name: {key: window[key] for key in WINDOW} for name, window in case.windows.items()}
+    # Rounded as the table will round them, so that a stream gives the same.
+    windows = {
+        name: {
+            "unit": window["unit"],
+            "low": float(np.float32(window["low"])),
+            "high": float(np.float32(window["high"])),
+        }
+        for name, window in case.windows.items()
+    }
     instructions = {pair: make_instruction(*pair, record.region) for pair in pairs}
     for index in case.usable[::slice_step]:
         images = {name: encode_slice(case.images[name][index]) for name in needed}

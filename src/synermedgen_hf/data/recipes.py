@@ -4,6 +4,7 @@ A mixture is a YAML file of groups: `unified_edit` (the Parquet file of pairs), 
 `t2i_pretrain`. Each has a `weight`, its share of the samples, and `is_mandatory`, which puts one of it into every pack.
 """
 
+import math
 from pathlib import Path
 
 import pyarrow.parquet
@@ -37,7 +38,7 @@ def import_recipe(file: str | Path, data_dir: str | Path | None = None) -> str:
         if not path.exists():
             raise FileNotFoundError(f"There is no {path}.")
     try:
-        groups = yaml.safe_load(file.read_text())
+        groups = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML ({error}).") from error
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
@@ -57,7 +58,7 @@ def import_recipe(file: str | Path, data_dir: str | Path | None = None) -> str:
             lines.append(f"# {name}: no counterpart here; left out.")
             continue
         weight = group.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"{file}: the weight of {name} must be a number of at least 0, got {weight!r}.")
         lines += [f"# {name}: {remark}" for remark in _remarks(name, group, released)]
         options = f'"synermed", "{CONFIGURATIONS[name]}", data_dir={str(data_dir)!r}, split="train", streaming=True'
@@ -93,14 +94,19 @@ def _remarks(name: str, group: dict, released: dict[str, str]) -> list[str]:
     else:
         remarks.append(f"{Path(released[key]).stat().st_size / 1e6:.1f} MB of {wanted}")
     if names := group.get("dataset_names"):
-        remarks.append(f"was called {', '.join(map(str, names))}")
+        remarks.append(f"was called {_listed(names)}")
     if group.get("is_mandatory"):
         remarks.append("mandatory: one sample in every pack; here its share is its weight alone")
     if group.get("num_used_data"):
-        remarks.append(f"num_used_data {group['num_used_data']}: add .take(n) for a part of it")
+        remarks.append(f"num_used_data {_listed(group['num_used_data'])}: add .take(n) for a part of it")
     for transform in ("image_transform_args", "vit_image_transform_args"):
         if isinstance(group.get(transform), dict):
             sizes = ", ".join(f"{key} {value}" for key, value in group[transform].items())
             part = "vit_size" if transform.startswith("vit") or name == "vlm_sft" else "vae_size"
             remarks.append(f"{transform}: {sizes}; the image processor's {part}")
     return remarks
+
+
+def _listed(value) -> str:
+    """One value or several, in one line."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -18,24 +18,14 @@ import pyarrow.parquet
 from PIL import Image as PILImage
 
 from .pairs import encode_slice, is_wanted
-from .sources import Problem
+from .sources import BRATS_TIME_POINT, Problem
 from .splits import SPLITS, hash_unit
+from .understanding import find_modalities, parse_answer, parse_listing, parse_modality
 
 PARQUET, JSONL, SLICES = "SynerMed.parquet", "SynerMed.jsonl", "slice"
 RANGE_BYTES = 64 << 20  # of the JSON lines in one shard
 WINDOW = {"unit": "grey level", "low": 0.0, "high": 255.0}
 
-# How texts and folders call a modality; the first that is found wins, so the longer names come first.
-SPELLINGS = (
-    ("T1CE", r"t1[\s_-]?(?:ce|gd|c)\b|contrast[- ]enhanced t1|post[- ]contrast t1|t1[- ]weighted contrast"),
-    ("FLAIR", r"\bt2[\s_-]?flair\b|\bflair\b"),
-    ("CBCT", r"\bcbct\b|cone[- ]beam"),
-    ("T1", r"\bt1\b|\bt1w\b|\bt1n\b"),
-    ("T2", r"\bt2\b|\bt2w\b"),
-    ("PET", r"\bpet\b|\bpet_fdg\b|positron"),
-    ("CT", r"\bct\b|\bct_fdg\b|computed tomography"),
-    ("MRI", r"\bmri?\b|magnetic resonance"),
-)
 REGION_WORDS = (("brain", r"\bbrain|\bhead\b"), ("pelvis", r"\bpelvi"), ("whole-body", r"whole[- ]body"))
 MARKER = "<image>"
 
@@ -78,32 +68,35 @@ def released_shards(released: dict[str, str], task: str) -> dict[str, list]:
 
 
 def fold_modality(label: str) -> str | None:
-    """One of the eight modalities for any spelling, such as `"T2 (MRI)"` or `"ct_FDG"`; `None` if it names none."""
-    text = label.strip().lower().replace("_fdg", " fdg")
-    return next((modality for modality, pattern in SPELLINGS if re.search(pattern, text)), None)
+    """One of the eight modalities for a label or a folder's name, such as `"T2 (MRI)"` or `"ct_FDG"`; or `None`."""
+    return parse_modality(label.replace("_", " "))
+
+
+# Words whose object is the image to make, and those whose object is the given one.
+TARGET_WORD = r"to|into|generate|synthesi[sz]e|produce|create|predict"
+SOURCE_WORD = r"from|given|using|convert|translate|transform|turn|change"
 
 
 def parse_route(instruction: str) -> tuple[str | None, str | None]:
     """
-    Source and target of an instruction: the target stands after "to", "into", "generate" or "synthesise", the source
-    after "from" or before "to". `None` for what it does not say.
+    Source and target of an instruction. Every modality it names belongs to the nearest word before it that tells
+    ("into", "from", "generate", ...) and has none yet; one without such a word is the source. `None` for what it does
+    not say.
     """
-    text = instruction.lower()
-    word = "|".join(f"(?:{pattern})" for _, pattern in SPELLINGS)
-    target = re.search(rf"\b(?:to|into|generate|synthesi[sz]e|produce|create)\b[^.]*?({word})", text)
-    source = re.search(rf"\b(?:from|given|using|of)\b[^.]*?({word})", text) or re.search(
-        rf"({word})[^.]*?\b(?:to|into)\b", text
-    )
-    found = [match and fold_modality(match[1]) for match in (source, target)]
-    if found[0] == found[1]:
-        return None, found[1]
-    return found[0], found[1]
-
-
-def parse_panels(answer: str) -> list[str]:
-    """Modalities of a listing such as `["A" : "CT", "B" : "CBCT"]`, in order, whatever its quotes and brackets."""
-    labels = re.findall(r"[\"']?\b[A-H]\b[\"']?\s*[:=]\s*[\"']?([^\"',\];]+)", answer)
-    return [modality for label in labels if (modality := fold_modality(label))]
+    cues = [(match.start(), "target") for match in re.finditer(rf"\b(?:{TARGET_WORD})\b", instruction, re.IGNORECASE)]
+    cues += [(match.start(), "source") for match in re.finditer(rf"\b(?:{SOURCE_WORD})\b", instruction, re.IGNORECASE)]
+    found: dict[str, str] = {}
+    before_any = bool(cues)
+    for place, modality in find_modalities(instruction):
+        before = [cue for cue in cues if cue[0] < place]
+        cue = max(before, default=(0, "source"))
+        if before:
+            cues.remove(cue)
+        found.setdefault(cue[1], modality)
+    source, target = found.get("source"), found.get("target")
+    if target is None and not before_any:
+        return None, None
+    return (None if source == target else source), target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +120,7 @@ def read_generation_rows(
                 number += 1
                 try:
                     images = [_read_grey(data) for data in row["image_list"] or []]
-                    steps = _steps(len(images), row["instruction_list"] or [])
+                    steps = _steps(images, row["instruction_list"] or [])
                 except (OSError, ValueError, SyntaxError) as error:
                     problem(Problem("skipped", f"synermed/{name}", path, f"row group {group}: {error}"))
                     continue
@@ -171,13 +164,19 @@ def _read_grey(data: bytes | dict):
     return np.asarray(PILImage.open(io.BytesIO(data)).convert("L"))
 
 
-def _steps(count: int, instructions: list) -> list[tuple[int, int, list[str]]]:
+def _steps(images: list, instructions: list) -> list[tuple[int, int, list[str]]]:
     """`(source, target, wordings)` of the images of one row."""
-    instructions = [[one] if isinstance(one, str) else list(one) for one in instructions]
+    count = len(images)
+    instructions = [[one] if isinstance(one, str) else list(one or []) for one in instructions]
+    wordings = [text for one in instructions for text in one]
     if count < 2 or not instructions or not all(instructions):
         raise ValueError(f"{count} images and {len(instructions)} instructions make no pair")
+    if not all(isinstance(text, str) and text.strip() for text in wordings):
+        raise ValueError("an instruction is no text")
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"the images are of different sizes: {', '.join(str(image.shape) for image in images)}")
     if len(instructions) == count - 1:
-        return [(place, place + 1, wordings) for place, wordings in enumerate(instructions)]
+        return [(place, place + 1, texts) for place, texts in enumerate(instructions)]
     if len(instructions) == 1:
         return [(place, count - 1, instructions[0]) for place in range(count - 1)]
     raise ValueError(f"{count} images do not go with {len(instructions)} instructions")
@@ -203,16 +202,21 @@ def read_understanding_rows(
                 line = lines.readline()
                 if not line.strip():
                     continue
+                where = f"{path}, byte {offset}"
                 try:
-                    row, notes = _understanding_row(json.loads(line), slices, offset)
-                    patient = row["patient_id"] or f"line-{offset}"
-                    if _split_of(patient, config) != split or row["task"] not in (*tasks, *([""] * (len(tasks) == 3))):
-                        continue
-                    row = _with_pictures(row, slices)
-                except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                    row, notes = _understanding_row(json.loads(line), offset)
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     # A line that cannot be read has no patient: said once, by the first split.
                     if split == SPLITS[0]:
-                        problem(Problem("skipped", "", f"{path}, byte {offset}", f"{error}" or type(error).__name__))
+                        problem(Problem("skipped", "", where, f"{error}" or type(error).__name__))
+                    continue
+                wanted = (*tasks, "") if len(tasks) > 1 else tasks
+                if split_of(row["patient_id"], config) != split or row["task"] not in wanted:
+                    continue
+                try:
+                    row = _with_pictures(row, slices)
+                except (ValueError, OSError) as error:
+                    problem(Problem("skipped", row["case_id"], where, str(error)))
                     continue
                 counts.update(notes)
                 yield f"{split}/{offset}", row
@@ -220,7 +224,8 @@ def read_understanding_rows(
             problem(Problem("repaired", "", f"{path}, bytes {start} to {end}, {split}", f"{count} rows: {note}"))
 
 
-def _split_of(patient: str, config) -> str:
+def split_of(patient: str, config) -> str:
+    """The split of a patient, by a hash alone: no table of patients can be had without reading all lines."""
     place, edge = hash_unit(config.split_seed, patient), 0.0
     for split, ratio in zip(SPLITS, config.split_ratios, strict=True):
         edge += ratio
@@ -229,65 +234,78 @@ def _split_of(patient: str, config) -> str:
     return SPLITS[-1]
 
 
-def _understanding_row(line: dict, slices: Path, offset: int) -> tuple[dict, list[str]]:
+def _understanding_row(line: dict, offset: int) -> tuple[dict, list[str]]:
     """One line without its pictures read, and what was repaired in it."""
+    if not isinstance(line, dict) or absent_in(line):
+        raise ValueError("the row is no object" if not isinstance(line, dict) else f"the row has no {absent_in(line)}")
     notes = []
     names = [line["image"]] if isinstance(line["image"], str) else list(line["image"])
     if not names:
         raise ValueError("the row names no image")
     turns = [(turn["from"], turn["value"]) for turn in line["conversations"]]
-    if not any(role == "gpt" for role, _ in turns):
-        raise ValueError("the row has no answer (a turn of gpt)")
-    markers = sum(value.count(MARKER) for role, value in turns if role == "human")
+    questions, answers = ([value for role, value in turns if role == one] for one in ("human", "gpt"))
+    if not questions or not answers:
+        raise ValueError(f"the row has no {'answer (a turn of gpt)' if questions else 'question (a turn of human)'}")
+    markers = sum(question.count(MARKER) for question in questions)
     if markers == 1 and len(names) > 1:
         turns = [(role, value.replace(MARKER, MARKER * len(names))) for role, value in turns]
         notes.append("one image marker for several images was repeated")
     elif markers == 0:
-        first = next(place for place, (role, _) in enumerate(turns) if role == "human")
+        first = [role for role, _ in turns].index("human")
         turns[first] = ("human", MARKER * len(names) + turns[first][1])
         notes.append("without image markers: images were put in front")
     elif markers != len(names):
         raise ValueError(f"{markers} image markers for {len(names)} images")
-    question = next(value for role, value in turns if role == "human").replace(MARKER, "").strip()
-    answer = next(value for role, value in turns if role == "gpt").strip()
-    panels = parse_panels(answer)
-    if len(panels) >= 2:
-        task, listing = "MI", ", ".join(f"{letter}: {panel}" for letter, panel in zip("ABCDEFGH", panels, strict=False))
+    answer = answers[0].strip()
+    panels = parse_listing(answer)
+    if panels is not None:
+        if None in panels:
+            raise ValueError(f"a panel of the answer names no modality: {answer}")
+        listing = ", ".join(f"{letter}: {panel}" for letter, panel in zip("ABCDEFGH", panels, strict=False))
         if listing != answer:
             notes.append("the listing of panels was written in one form")
-        answer = listing
-    elif len(names) == 5:
-        task = "CTS"
-    elif len(names) == 2:
-        task = "TIA"
+        first = [role for role, _ in turns].index("gpt")
+        turns[first] = ("gpt", listing)
+        task, options, answer = "MI", [], listing
     else:
-        task = ""
-    turns = [(role, answer if role == "gpt" else value) for role, value in turns]
+        task = {5: "CTS", 2: "TIA"}.get(len(names), "")
+        options = ["A", "B", "C", "D"] if task else []
+        letter = parse_answer(answer, options) if options else None
+        options, answer = (options, letter) if letter else ([], answer)
     pair = line.get("pair") or {}
     source, target = (fold_modality(str(pair.get(key) or "")) for key in ("src", "tgt"))
     if source is None or target is None:
         source, target = fold_modality(Path(names[0]).parent.name), fold_modality(Path(names[-1]).parent.name)
     stem = Path(names[0]).stem
-    patient = str(line.get("case_id") or re.sub(r"[_-]s?\d+$", "", stem))
+    case = str(line.get("case_id") or re.sub(r"[_-]s?\d+$", "", stem))
+    time_point = BRATS_TIME_POINT.match(case)
     numbers = re.findall(r"\d+", stem)
-    slice_index = line.get("slice_idx", numbers[-1] if numbers else -1)
+    slice_index = line.get("slice_idx")
+    slice_index = (
+        int(numbers[-1]) if slice_index is None and numbers else int(-1 if slice_index is None else slice_index)
+    )
     return {
         "images": names,
         "messages": [_message(role, value) for role, value in turns],
         "task": task,
-        "question": question,
-        "options": ["A", "B", "C", "D"] if task in ("CTS", "TIA") else [],
+        "question": questions[0].replace(MARKER, "").strip(),
+        "options": options,
         "meanings": [],
         "answer": answer,
         "route": f"{source}-{target}" if source and target and source != target else "",
         "difficulty": "",
         "region": "",
         "dataset": "synermed",
-        "case_id": patient,
-        "patient_id": patient,
-        "slice_index": int(slice_index),
+        "case_id": case,
+        "patient_id": time_point[1] if time_point else case,
+        "slice_index": slice_index if 0 <= slice_index < 1 << 31 else -1,
         "index": offset,
     }, notes
+
+
+def absent_in(line: dict) -> str:
+    """The first key that a row must have and has not."""
+    return next((key for key in ("image", "conversations") if not line.get(key)), "")
 
 
 def _message(role: str, value: str) -> dict:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ MIN_SHARED_EXTENT = 0.5
 MIN_SHARED_BODY = 0.3
 MAX_NAN_SHARE = 0.01
 MAX_SUV = 1000.0
+MAX_STORED_CT = 8191  # 12 bits, or the 13 of an extended scale
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class LoadedCase:
         spacing (`tuple[float, float, float]`): mm between slices, rows and columns.
         windows (`dict[str, dict]`): Modality -> intensity record (`modality`, `unit`, `low`, `high`) of the volume.
         usable (`np.ndarray`): Indices of slices that show enough of the patient, increasing.
-        notes (`list[str]`): What was repaired, in words.
+        notes (`list[Note]`): What was repaired, in words.
     """
 
     record: CaseRecord
@@ -105,7 +106,29 @@ class LoadedCase:
     spacing: tuple[float, float, float]
     windows: dict[str, dict]
     usable: np.ndarray
-    notes: list[str] = field(default_factory=list)
+    notes: "list[Note]" = field(default_factory=list)
+
+
+class CaseError(ValueError):
+    """A case that is refused, and the file that is the reason."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+class Note(str):
+    """What was repaired, in words, and the file it is about."""
+
+    path: str
+
+    def __new__(cls, path: str, text: str):
+        note = super().__new__(cls, text)
+        note.path = path
+        return note
+
+    def __getnewargs__(self):
+        return self.path, str(self)
 
 
 @dataclass(frozen=True)
@@ -157,7 +180,12 @@ MANIFESTS = ("manifest.csv", "manifest.jsonl")
 
 def walk(root: Path) -> Iterator[tuple[Path, dict[str, Path]]]:
     """Every folder below `root` with the volumes in it, by their names without the extension; hidden ones left out."""
+    seen = set()  # a folder may be linked into itself
     for folder, subfolders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         volumes = {}
         for name in sorted(names):
@@ -253,7 +281,12 @@ def _brats(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], li
             problems.append(Problem("skipped", f"brats/{folder.name}", str(path), reason))
             continue
         prefixes.add(match[1])
-        files.setdefault(BRATS_ALIASES[match[2].lower()], str(path))
+        modality = BRATS_ALIASES[match[2].lower()]
+        if modality in files:
+            reason = f"a second {modality} beside {Path(files[modality]).name}; the first one counts"
+            problems.append(Problem("skipped", f"brats/{folder.name}", str(path), reason))
+            continue
+        files[modality] = str(path)
     images = {modality: path for modality, path in files.items() if modality != "seg"}
     named = BRATS_CASE.match(folder.name)
     if not named and (prefixes != {None} or len(images) < 2):
@@ -299,7 +332,7 @@ def _autopet(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], 
     case = CaseRecord(
         dataset="autopet",
         case_id=f"{patient}/{folder.name}",
-        patient_id=patient,
+        patient_id=patient.removeprefix("PETCT_"),  # as the nnU-Net style calls the same patient
         region="whole-body",
         axis="coronal",
         files=files,
@@ -368,26 +401,36 @@ def read_manifest(file: str | Path) -> tuple[list[CaseRecord], list[Problem]]:
         `ValueError`: Not a table, or without the columns it needs.
     """
     file = Path(file)
+    problems: list[Problem] = []
+    columns: set[str] = set()
     try:
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() == ".csv":
-            with file.open(newline="", encoding="utf-8-sig") as lines:
-                rows = list(csv.DictReader(lines))
+            table = csv.DictReader(text.splitlines())
+            numbered, columns = list(enumerate(table, start=2)), set(table.fieldnames or [])
         elif file.suffix.lower() in (".jsonl", ".json"):
-            rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+            numbered = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
         else:
             raise ValueError(f"{file} is no manifest: CSV or JSON lines are read.")
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} cannot be read as a manifest ({error}).") from error
     known = {modality.lower(): modality for modality in MODALITIES}
     cases: dict[str, CaseRecord] = {}
-    problems: list[Problem] = []
-    for number, row in enumerate(rows, start=2 if file.suffix.lower() == ".csv" else 1):
-        row = {str(key).strip().lower(): str(value or "").strip() for key, value in row.items() if key is not None}
+    columns = {str(column).strip().lower() for column in columns}
+    for number, row in numbered:
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            row = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+        except (json.JSONDecodeError, AttributeError) as error:
+            problems.append(Problem("skipped", "", where, f"no object of columns and values ({error})"))
+            continue
+        columns |= row.keys()
+        row = {key: "" if value is None else str(value).strip() for key, value in row.items()}
         if absent := [name for name in ("case_id", "region") if name not in row]:
-            raise ValueError(f"{file} lacks the column {' and '.join(absent)}.")
-        if not known.keys() & row.keys():
-            raise ValueError(f"{file} has no column of a modality: {', '.join(MODALITIES)}.")
-        where, case_id = f"{file}, line {number}", row["case_id"]
+            problems.append(Problem("skipped", "", where, f"no {' and no '.join(absent)}"))
+            continue
+        case_id = row["case_id"]
         dataset = row.get("dataset") or "own"
         name = f"{dataset}/{case_id}"
         reason = None
@@ -416,22 +459,31 @@ def read_manifest(file: str | Path) -> tuple[list[CaseRecord], list[Problem]]:
             lesion=str(file.parent / row["lesion"]) if row.get("lesion") else None,
             centre=row.get("centre", ""),
         )
+    if numbered and not columns:
+        raise ValueError(f"{file} cannot be read as a manifest ({problems[0].reason}).")
+    if columns and (absent := [name for name in ("case_id", "region") if name not in columns]):
+        raise ValueError(f"{file} lacks the column {' and '.join(absent)}.")
+    if columns and not known.keys() & columns:
+        raise ValueError(f"{file} has no column of a modality: {', '.join(MODALITIES)}.")
     return [cases[name] for name in sorted(cases)], problems
 
 
 def keep_pairs(cases: Iterable[CaseRecord]) -> tuple[list[CaseRecord], list[Problem]]:
-    """Cases with at least two modalities whose files exist; the others as problems."""
+    """
+    Cases with at least two modalities whose files exist, and the others as problems. An image that does not exist is
+    left out of its case, with a problem of its own; what becomes of masks, [`load_case`] says.
+    """
     kept, problems = [], []
     for case in cases:
-        absent = [path for path in case.paths if not Path(path).exists()]
-        if absent:
-            problems.append(Problem("skipped", case.name, absent[0], "the file does not exist"))
-        elif len(case.files) < 2:
-            path = next(iter(case.files.values()), "")
-            there = ", ".join(case.files) or "nothing"
+        files = {name: path for name, path in case.files.items() if Path(path).exists()}
+        for path in case.files.values():
+            if path not in files.values():
+                problems.append(Problem("skipped", case.name, path, "the file does not exist"))
+        if len(files) >= 2:
+            kept.append(replace(case, files=files))
+        elif files == case.files:
+            path, there = next(iter(files.values()), ""), ", ".join(files) or "nothing"
             problems.append(Problem("skipped", case.name, path, f"missing modality: there is only {there}, no pair"))
-        else:
-            kept.append(case)
     return kept, problems
 
 
@@ -459,9 +511,9 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
         [`LoadedCase`]
 
     Raises:
-        `ValueError`: The case is refused, with the file and the reason.
+        `CaseError`: The case is refused; it tells the file and the reason.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     volumes = {name: _checked(name, path, notes) for name, path in record.files.items()}
     reference = next((name for name in ("PET", "CT") if name in volumes), next(iter(volumes)))
     onto = volumes[reference]
@@ -469,12 +521,14 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
         if same_grid(volume, onto):
             continue
         if (shared := shared_extent(volume, onto)) < MIN_SHARED_EXTENT:
-            raise ValueError(
-                f"{record.files[name]}: it shares {shared:.0%} of its extent with {reference}; the files of a case "
-                "must show the same place of the same patient"
+            raise CaseError(
+                record.files[name],
+                f"it shares {shared:.0%} of its extent with {reference}; the files of a case must show the same place "
+                "of the same patient",
             )
         fill = BACKGROUND.get(name, 0.0)
-        notes.append(f"{name} lies on another grid than {reference} and was resampled onto it")
+        text = f"{name} lies on another grid than {reference} and was resampled onto it"
+        notes.append(Note(record.files[name], text))
         volumes[name] = resample(volume, onto, fill)
     processor = SynerMedGenImageProcessor()
     windows, bodies = {}, {}
@@ -505,30 +559,33 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
     )
 
 
-def _checked(name: str, path: str, notes: list[str]) -> Volume:
+def _checked(name: str, path: str, notes: list[Note]) -> Volume:
     """One volume, its values plausible for its modality."""
-    volume = read_volume(path)
+    try:
+        volume = read_volume(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise CaseError(path, str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")) from error
     array = volume.array
     if array.dtype.kind == "f":
         bad = ~np.isfinite(array)
         if share := float(bad.mean()):
             if share > MAX_NAN_SHARE:
-                raise ValueError(f"{path}: {share:.0%} of the voxels are NaN or infinite")
+                raise CaseError(path, f"{share:.0%} of the voxels are NaN or infinite")
             array = np.where(bad, np.float32(BACKGROUND.get(name, 0.0)), array)
-            notes.append(f"{name} had {int(bad.sum())} NaN or infinite voxels, now background")
+            notes.append(Note(path, f"{name} had {int(bad.sum())} NaN or infinite voxels, now background"))
     low, high = float(array.min()), float(array.max())
     if low == high:
-        raise ValueError(f"{path}: every voxel is {low:g}; the volume is empty")
+        raise CaseError(path, f"every voxel is {low:g}; the volume is empty")
     if name in ("CT", "CBCT"):
-        if high - low <= 256:
-            raise ValueError(
-                f"{path}: values from {low:g} to {high:g} are no Hounsfield units (a picture's grey levels?)"
-            )
+        if high - low <= 256 or (low >= 0 and high > MAX_STORED_CT):
+            what = "a picture's grey levels" if high - low <= 256 else "raw counts"
+            raise CaseError(path, f"values from {low:g} to {high:g} are no Hounsfield units ({what}?)")
         if low >= 0:
             array = array.astype(np.float32) - np.float32(1024)
-            notes.append(f"{name} was stored from {low:g} to {high:g}; 1024 was subtracted to give Hounsfield units")
+            text = f"{name} was stored from {low:g} to {high:g}; 1024 was subtracted to give Hounsfield units"
+            notes.append(Note(path, text))
     if name == "PET" and high > MAX_SUV:
-        raise ValueError(f"{path}: values up to {high:g} are no SUV (activity in Bq/ml?); make SUV first")
+        raise CaseError(path, f"values up to {high:g} are no SUV (activity in Bq/ml?); make SUV first")
     return Volume(array, volume.affine)
 
 
@@ -540,29 +597,29 @@ def _check_overlap(record: CaseRecord, bodies: dict[str, np.ndarray], reference:
         union = (body | coarse[reference]).sum()
         shared = (body & coarse[reference]).sum() / union if union else 0.0
         if name != reference and shared < MIN_SHARED_BODY:
-            raise ValueError(
-                f"{record.files[name]}: the body shares {shared:.0%} with that in {reference}; it seems to be another "
-                "patient or another place"
+            raise CaseError(
+                record.files[name],
+                f"the body shares {shared:.0%} with that in {reference}; it seems to be another patient or place",
             )
 
 
-def _read_labels(path: str | None, onto: Volume, what: str, notes: list[str]) -> np.ndarray | None:
+def _read_labels(path: str | None, onto: Volume, what: str, notes: list[Note]) -> np.ndarray | None:
     """Labels as bool on the case's grid; left out, with a note, if they are of no use."""
     if path is None:
         return None
     try:
         labels = read_volume(path)
     except (ValueError, FileNotFoundError) as error:
-        notes.append(f"the {what} was left out: {error}")
+        notes.append(Note(path, f"the {what} was left out: {error}"))
         return None
     if not same_grid(labels, onto):
-        notes.append(f"the {what} lies on another grid and was left out")
+        notes.append(Note(path, f"the {what} lies on another grid and was left out"))
         return None
     array = labels.array > 0
     if what == "mask" and not array.any():
-        notes.append("the mask has no voxel and was left out")
+        notes.append(Note(path, "the mask has no voxel and was left out"))
         return None
     return array
 
 
-__all__ = ["CaseRecord", "LoadedCase", "Problem", "keep_pairs", "load_case", "read_manifest", "scan"]
+__all__ = ["CaseError", "CaseRecord", "LoadedCase", "Problem", "keep_pairs", "load_case", "read_manifest", "scan"]

@@ -66,9 +66,17 @@ def read_splits(path: str | Path, cases: list[CaseRecord]) -> dict[str, str]:
     Raises:
         `ValueError`: The file was changed (a checksum does not fit), puts a patient into two splits, or lacks one.
     """
-    content = json.loads(Path(path).read_text())
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, dict) or not all({"patients", "sha256"} <= set(entry) for entry in splits.values()):
+        raise ValueError(f"{path} is no splits.json of an earlier build.")
+    if odd := sorted(set(splits) - set(SPLITS)):
+        raise ValueError(f"{path} has a split {odd[0]!r}; known are {', '.join(SPLITS)}.")
     assigned = {}
-    for split, entry in content["splits"].items():
+    for split, entry in splits.items():
         if hashlib.sha256("\n".join(entry["patients"]).encode()).hexdigest() != entry["sha256"]:
             raise ValueError(f"{path}: the checksum of {split} does not fit its patients; the file was changed.")
         for patient in entry["patients"]:
@@ -84,7 +92,7 @@ def read_splits(path: str | Path, cases: list[CaseRecord]) -> dict[str, str]:
 def write_whole(path: Path, text: str):
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
@@ -96,5 +104,5 @@ def add_problem(path: str, problem: Problem):
 
 def read_report(path: str | Path) -> list[Problem]:
     """What was skipped or repaired, each once: a stream that is read twice says it twice."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
     return list(dict.fromkeys(Problem(**json.loads(line)) for line in lines))

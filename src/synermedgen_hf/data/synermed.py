@@ -11,7 +11,7 @@ went into which split, is written to a folder that is named when the dataset is 
 """
 
 import hashlib
-import os
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,12 +21,12 @@ import datasets
 import numpy as np
 from datasets import Features, Image, List, Value
 
-from .pairs import PAIR_FEATURES, pair_rows
+from .pairs import PAIR_FEATURES, is_wanted, pair_rows
 from .phantom import PROTOCOLS, SPLIT_SEEDS, simulate_volume
 from .released import find_released, read_generation_rows, read_understanding_rows, released_shards
-from .sources import CaseRecord, LoadedCase, Problem, keep_pairs, load_case, scan
+from .sources import MANIFESTS, MODALITIES, CaseError, CaseRecord, LoadedCase, Problem, keep_pairs, load_case, scan
 from .splits import SPLITS, add_problem, hash_unit, read_report, read_splits, split_patients, write_splits, write_whole
-from .understanding import TaskSampler
+from .understanding import UNREADABLE, TaskSampler
 
 logger = datasets.utils.logging.get_logger(__name__)
 
@@ -105,13 +105,30 @@ class SynerMedConfig(datasets.BuilderConfig):
 
     def create_config_id(self, config_kwargs: dict, custom_features=None) -> str:
         """The name of the cache: options, and names, sizes and times of all files."""
+        self.check_options()
         self.find_cases()
         state = hashlib.sha256(repr([asdict(case) for case in self.cases]).encode())
         for path in sorted(path for case in self.cases for path in case.paths) + sorted(self.released.values()):
-            status = os.stat(path)
-            state.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-        base = super().create_config_id({**config_kwargs, "files": state.hexdigest()}, custom_features)
-        return base
+            for file in belonging(Path(path)):
+                status = file.stat()
+                state.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        if self.split_file:
+            state.update(Path(self.split_file).read_bytes())
+        return super().create_config_id({**config_kwargs, "files": state.hexdigest()}, custom_features)
+
+    def check_options(self):
+        """Raise a `ValueError` for options that cannot be used, before any file is looked at."""
+        if self.slice_step < 1 or self.per_case < 1:
+            raise ValueError(f"slice_step and per_case must be at least 1, got {self.slice_step} and {self.per_case}.")
+        if self.routes is not None:
+            if self.task != "pairs":
+                raise ValueError("routes choose pairs; the tasks are made from all modalities of a case.")
+            names = "|".join(MODALITIES)
+            for route in self.routes:
+                if not re.fullmatch(rf"([\w-]+/)?({names})-({names})", route):
+                    raise ValueError(f"{route!r} names no route: it is written like MRI-CT or brain/MRI-CT.")
+        if self.data_files and set(map(str, self.data_files)) - {"train"}:
+            raise ValueError("Splits are made here, by patient: pass data_files as files, not by split.")
 
     def find_cases(self):
         """Look for cases by name, or say what to pass."""
@@ -119,7 +136,7 @@ class SynerMedConfig(datasets.BuilderConfig):
         if self.phantom_cases:
             return
         files = [str(file) for split in (self.data_files or {}).values() for file in split]
-        roots = [self.data_dir] if self.data_dir else files
+        roots = files or ([str(self.data_dir)] if self.data_dir else [])
         if not roots:
             raise ValueError(
                 'load_dataset("synermed", ...) needs the scans: pass data_dir="/path/to/SynthRAD2023" (or BraTS, '
@@ -127,21 +144,53 @@ class SynerMedConfig(datasets.BuilderConfig):
                 'load_dataset("synermed", "phantom") needs none.'
             )
         for root in roots:
-            self.released |= find_released(root)
-        if self.released:
-            return
+            for folder in [Path(root), *(sorted(Path(root).iterdir()) if Path(root).is_dir() else [])]:
+                self.released = self.released or find_released(folder)
         for root in roots:
-            cases, problems = scan(root)
+            # A released file named by itself is no manifest.
+            cases, problems = scan(root) if not self.released or Path(root).is_dir() else ([], [])
             self.cases += cases
             self.problems += problems
         self.cases, more = keep_pairs(self.cases)
         self.problems += more
+        if self.released and self.cases:
+            reason = (
+                f"{len(self.cases)} cases of scans beside the authors' released files; name their own folder to read"
+            )
+            self.problems.append(Problem("skipped", "", roots[0], f"{reason} them"))
+            self.cases = []
         skipped = [problem for problem in self.problems if problem.kind == "skipped"]
         if self.strict and skipped:
             raise ValueError(f"{skipped[0].path}: {skipped[0].reason}")
+        if self.released:
+            return
         if not self.cases:
-            seen = "; ".join(f"{one.path}: {one.reason}" for one in self.problems[:3]) or "the folder is empty"
+            manifest = next((Path(roots[0], name) for name in MANIFESTS if Path(roots[0], name).exists()), None)
+            empty = "the folder is empty" if Path(roots[0]).is_dir() else "it holds no case"
+            empty = f"{manifest} holds no case" if manifest else empty
+            seen = "; ".join(f"{one.path}: {one.reason}" for one in self.problems[:3]) or empty
             raise ValueError(f"There is no pair of scans below {', '.join(roots)} ({seen}).")
+        there = {
+            (case.region, f"{source}-{target}")
+            for case in self.cases
+            for source in case.files
+            for target in case.files
+            if source != target
+        }
+        if self.routes and not any(is_wanted(*route.split("-", 1), region, self.routes) for region, route in there):
+            known = ", ".join(sorted(f"{region}/{route}" for region, route in there))
+            raise ValueError(f"No case has one of the routes {', '.join(self.routes)}; there are {known}.")
+
+
+def belonging(path: Path) -> list[Path]:
+    """The files that a path of a volume stands for: slices of a DICOM folder, raw data beside a header."""
+    if not path.exists():
+        return []  # said when the case is read
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    if path.suffix.lower() in (".mhd", ".nhdr"):
+        return sorted(path.parent.glob(f"{path.stem}.*"))
+    return [path]
 
 
 def phantom_records(split: str, count: int) -> list[CaseRecord]:
@@ -206,7 +255,8 @@ class SynerMed(datasets.GeneratorBasedBuilder):
         folder = Path(config.report_dir or Path(self._cache_dir_root) / "synermed-reports" / self.config_id)
         folder.mkdir(parents=True, exist_ok=True)
         report = folder / "report.jsonl"
-        write_whole(report, "")
+        if not dl_manager.is_streaming or not report.exists():  # a stream adds to the report of a build
+            write_whole(report, "")
         for problem in config.problems:
             add_problem(str(report), problem)
         self.report_file = report
@@ -281,8 +331,11 @@ class SynerMed(datasets.GeneratorBasedBuilder):
                 else:
                     reasons[reason] += 1
             for reason, count in reasons.items():
-                case = table[place].name
-                self._problem(report, Problem("skipped", case, split, f"{count} questions: {reason}"), fatal=False)
+                if reason.endswith(UNREADABLE):
+                    continue  # the case itself has been reported
+                path = next(iter(table[place].files.values()))
+                problem = Problem("skipped", table[place].name, path, f"{count} questions: {reason}")
+                self._problem(report, problem, fatal=False)
 
     def _load(self, report: str, record: CaseRecord) -> LoadedCase | None:
         """A case, or `None` with a line in the report."""
@@ -293,19 +346,20 @@ class SynerMed(datasets.GeneratorBasedBuilder):
             case = load_case(record, config.min_share)
             if len(case.usable) == 0:
                 raise ValueError(f"no slice shows the patient on at least {config.min_share:.0%} of the frame")
-        except ImportError:
+        except (ImportError, MemoryError):
             raise  # nothing is wrong with the case
         except Exception as error:  # whatever one file makes a reader do, the other cases are wanted
-            path = next(iter(record.files.values()))
-            self._problem(report, Problem("skipped", record.name, path, f"{error}" or type(error).__name__))
+            path = error.path if isinstance(error, CaseError) else next(iter(record.files.values()))
+            reason = error.reason if isinstance(error, CaseError) else f"{error}" or type(error).__name__
+            self._problem(report, Problem("skipped", record.name, path, reason))
             return None
         for note in case.notes:
-            self._problem(report, Problem("repaired", record.name, next(iter(record.files.values())), note))
+            self._problem(report, Problem("repaired", record.name, note.path, str(note)))
         return case
 
     def _problem(self, report: str, problem: Problem, fatal: bool = True):
         if self.config.strict and problem.kind == "skipped" and fatal:
-            raise ValueError(f"{problem.case}: {problem.reason}")
+            raise ValueError(f"{problem.case}: {problem.path}: {problem.reason}".removeprefix(": "))
         add_problem(report, problem)
 
     def _download_and_prepare(self, *args, **kwargs):
@@ -314,6 +368,8 @@ class SynerMed(datasets.GeneratorBasedBuilder):
         for empty in [name for name, split in self.info.splits.items() if split.num_examples == 0]:
             del self.info.splits[empty]
             logger.warning(f"SynerMed: the split {empty} has no rows and is left out.")
+        if not self.info.splits:
+            raise ValueError(f"No row could be made of these scans; reasons in {self.report_file}")
         counts = Counter(problem.kind for problem in read_report(self.report_file))
         if counts:
             said = ", ".join(f"{count} {kind}" for kind, count in counts.items())

@@ -50,6 +50,7 @@ CONFUSABLE = ({"CT", "CBCT"}, {"T1", "T1CE"}, {"T2", "FLAIR"})
 ROUTE_PAIRS = tuple(dict.fromkeys(tuple(sorted((route.source, route.target))) for route in ROUTES))
 EASY_GAP = 4  # times the smallest distance
 LENGTH_TRIES = 64
+UNREADABLE = "the case could not be read"
 
 
 class _CannotServe(Exception):
@@ -243,7 +244,7 @@ class TaskSampler:
         }[task]
         try:
             if case is None:
-                raise _CannotServe("the case could not be read")
+                raise _CannotServe(UNREADABLE)
             if case.fault:
                 raise _CannotServe(case.fault)
             row = make(case, number, form, ordinal, random.Random(f"{self.seed}/{index}"))
@@ -587,6 +588,7 @@ _SPOKEN = re.compile(
     (?P<FLAIR>\bt2f\b|\b(?:t2[\s/-]*)?flair\b(?:\s*\(?\s*mri?\b\)?)?)
     | (?P<T1>\bt1n\b|\bt1{_WEIGHTED}[\s(]*(?:without|before|pre-?)\s*(?:contrast|gadolinium|gd)(?:\s*agent)?)
     | (?P<T1CE>\b{_CONTRAST}\s*t1{_WEIGHTED}|\bt1[\s_-]*(?:ce|c|gd|\+\s*c|contrast)\b{_WEIGHTED}
+        |\bt1{_WEIGHTED}[\s,(-]*{_CONTRAST}\b(?:\s*mri?\b)?
         |\bt1{_WEIGHTED}[\s(]*(?:with|after|post-?)\s*(?:contrast|gadolinium|gd)(?:\s*agent)?)
     | (?P<T2>\bt2{_WEIGHTED})
     | (?P<T1_>\bt1{_WEIGHTED})
@@ -610,9 +612,14 @@ _LETTER_FORMS = (
 _PANEL = re.compile(r"(?:^|[\s\"'\[{(,;])([A-Za-z])[\"']?\s*[:=]\s*[\"']?([^\"',;\]}\n]+)")
 
 
+def find_modalities(text: str) -> list[tuple[int, str]]:
+    """Where a text names modalities, and which, in whatever spelling."""
+    return [(match.start(), match.lastgroup.rstrip("_")) for match in _SPOKEN.finditer(text)]
+
+
 def parse_modality(text: str) -> str | None:
     """The one modality that a text names in whatever spelling, such as `"T2 (MRI)"`; `None` if none or several."""
-    named = {match.lastgroup.rstrip("_") for match in _SPOKEN.finditer(text)}
+    named = {modality for _, modality in find_modalities(text)}
     return named.pop() if len(named) == 1 else None
 
 
@@ -665,4 +672,4 @@ def _parse_letter(text: str, options: Sequence[str]) -> str | None:
     return letters.pop() if len(letters) == 1 and letters <= set(options) else None
 
 
-__all__ = ["TaskSampler", "parse_answer", "parse_listing", "parse_modality", "wrong_pairs"]
+__all__ = ["TaskSampler", "find_modalities", "parse_answer", "parse_listing", "parse_modality", "wrong_pairs"]

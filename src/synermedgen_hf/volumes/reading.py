@@ -4,15 +4,19 @@ nibabel reads NIfTI, SimpleITK reads MHA, NRRD and DICOM series; both are brough
 above this file has to know where a scan came from.
 """
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
 import nibabel.processing
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 NIFTI = (".nii", ".nii.gz")
-ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+ITK_READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
+ITK = tuple(ITK_READERS)
 EXTENSIONS = NIFTI + ITK
 
 
@@ -64,7 +68,7 @@ def read_volume(path: str | Path) -> Volume:
     shape, affine = volume.array.shape, volume.affine
     if volume.array.ndim != 3 or min(shape) < 1:
         raise ValueError(f"{path} has shape {shape}: a volume of three dimensions is needed.")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    if not _spans_space(affine):
         raise ValueError(f"{path} has no usable affine: its axes do not span space.")
     return volume
 
@@ -80,10 +84,13 @@ def same_grid(one: Volume, other: Volume, tolerance_mm: float = 1e-3) -> bool:
 def shared_extent(one: Volume, other: Volume) -> float:
     """Overlap of the boxes of two volumes in space, as a share of the smaller one's."""
     boxes = []
-    for volume in (one, other):
-        corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
-        corners = (corners * (*np.subtract(volume.array.shape, 1), 1)) @ volume.affine.T
-        boxes.append((corners[:, :3].min(0), corners[:, :3].max(0)))
+    for volume in (one, other):  # between the middles of the outer voxels; a single slice is as thick as it is
+        shape = np.array(volume.array.shape)
+        low = np.where(shape == 1, -0.5, 0)
+        high = shape - 1 - low
+        corners = [[*np.where(side, high, low), 1] for side in np.ndindex(2, 2, 2)]
+        places = np.array(corners) @ volume.affine.T
+        boxes.append((places[:, :3].min(0), places[:, :3].max(0)))
     (low_a, high_a), (low_b, high_b) = boxes
     common = np.clip(np.minimum(high_a, high_b) - np.maximum(low_a, low_b), 0, None)
     smaller = min(np.prod(np.maximum(high_a - low_a, 1e-6)), np.prod(np.maximum(high_b - low_b, 1e-6)))
@@ -118,6 +125,10 @@ def slice_spacing(volume: Volume, axis: str) -> tuple[float, float, float]:
     return (z, y, x) if axis == "axial" else (y, z, x)
 
 
+def _spans_space(affine: np.ndarray) -> bool:
+    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-6)
+
+
 def _read_nifti(path: Path) -> Volume:
     try:
         image = nibabel.load(path)
@@ -125,12 +136,14 @@ def _read_nifti(path: Path) -> Volume:
             image = image.slicer[(slice(None),) * 3 + (0,) * (len(image.shape) - 3)]
         if len(image.shape) != 3:
             raise ValueError(f"{path} has shape {image.shape}: a volume of three dimensions is needed.")
+        if not _spans_space(image.affine):
+            raise ValueError(f"{path} has no usable affine: its axes do not span space.")
         orientation = nibabel.io_orientation(image.affine)
         array = np.asanyarray(image.dataobj)  # keeps integers where no scaling is needed
-    except (nibabel.filebasedimages.ImageFileError, EOFError, OSError) as error:
+    except (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: it is damaged or not complete ({error}).") from error
-    if np.isnan(orientation).any():
-        raise ValueError(f"{path} has no usable affine: its axes do not span space.")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} holds {array.dtype}: one real number a voxel is needed.")
     affine = image.affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
     return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)), affine)
 
@@ -149,7 +162,8 @@ def _read_itk(path: Path) -> Volume:
             reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]))
             image = reader.Execute()
         else:
-            image = sitk.ReadImage(str(path))
+            # Named, since ITK knows endings in small letters only.
+            image = sitk.ReadImage(str(path), imageIO=ITK_READERS[extension(path)])
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{path} cannot be read: it is damaged or not complete ({reason}).") from error
@@ -168,5 +182,5 @@ def _read_itk(path: Path) -> Volume:
 def _plain(array: np.ndarray) -> np.ndarray:
     """Native integers of up to 16 bits as they are, anything else as float32."""
     if array.dtype.kind in "iu" and array.dtype.itemsize <= 2:
-        return array
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
     return array.astype(np.float32)
