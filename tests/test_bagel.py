@@ -5,6 +5,7 @@ tensor of `ae.safetensors` its name and shape in diffusers. Everything else star
 checkpoint of the original modules, laid out as such checkpoints are downloaded.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -996,28 +997,30 @@ def test_a_disk_that_is_too_small_is_known_before(native, converted, output, mon
         assert not output.exists()
 
 
-@pytest.fixture
-def files_up_to():
-    """Let no file grow beyond a size, as on a disk that is full."""
+@contextlib.contextmanager
+def files_up_to(size):
+    """Let no file grow beyond a size, as on a disk that is full; the log of the tests is a file too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [1_000, 400_000, 2_000_000])  # in the header, the model, the autoencoder
-def test_a_disk_that_fills_up_leaves_nothing(native, output, files_up_to, size):
-    files_up_to(size)
-    with pytest.raises(OSError):
+def test_a_disk_that_fills_up_leaves_nothing(native, output, size):
+    with pytest.raises(OSError), files_up_to(size):
         convert_bagel(native, output)
     assert not output.exists()
 
 
-def test_a_disk_that_is_full_by_the_time_of_the_tokenizer_is_an_os_error(native, output, files_up_to, monkeypatch):
+def test_a_disk_that_is_full_by_the_time_of_the_tokenizer_is_an_os_error(native, output, monkeypatch):
     save = PreTrainedTokenizerFast.save_pretrained
 
     def save_on_a_full_disk(*args, **kwargs):
-        files_up_to(3_000)  # tokenizer.json is larger
-        return save(*args, **kwargs)
+        with files_up_to(3_000):  # tokenizer.json is larger
+            return save(*args, **kwargs)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save_on_a_full_disk)
     with pytest.raises(OSError):
@@ -1025,17 +1028,15 @@ def test_a_disk_that_is_full_by_the_time_of_the_tokenizer_is_an_os_error(native,
     assert not output.exists()
 
 
-def test_a_disk_that_fills_up_says_which_file_could_not_be_written(native, output, files_up_to):
-    files_up_to(400_000)
-    with pytest.raises(OSError, match="converted.*disk"):
+def test_a_disk_that_fills_up_says_which_file_could_not_be_written(native, output):
+    with pytest.raises(OSError, match="converted.*disk"), files_up_to(400_000):
         convert_bagel(native, output)
 
 
-def test_a_disk_that_fills_up_leaves_what_was_there(native, converted, output, files_up_to):
+def test_a_disk_that_fills_up_leaves_what_was_there(native, converted, output):
     shutil.copytree(converted, output)
-    files_up_to(2_000_000)
     for work, source in ((convert_bagel, native), (export_bagel, converted)):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError), files_up_to(2_000_000):
             work(source, output, overwrite=True)
         assert contents(output) == contents(converted)
 
