@@ -530,11 +530,10 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
         text = f"{name} lies on another grid than {reference} and was resampled onto it"
         notes.append(Note(record.files[name], text))
         volumes[name] = resample(volume, onto, fill)
-    processor = SynerMedGenImageProcessor()
-    windows, bodies = {}, {}
+    windows = measure_windows({name: volume.array for name, volume in volumes.items()})
+    bodies = {}
     for name, volume in volumes.items():
-        low, high = processor.intensity_window(volume.array, name)
-        windows[name] = {"modality": name, "unit": processor.intensity[name]["unit"], "low": low, "high": high}
+        low, high = windows[name]["low"], windows[name]["high"]
         bodies[name] = volume.array > BODY_ABOVE.get(name, low + MR_BODY_SHARE * (high - low))
     _check_overlap(record, bodies, reference)
     mask = _read_labels(record.mask, onto, "mask", notes)
@@ -557,6 +556,15 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
         usable=np.flatnonzero(usable),
         notes=notes,
     )
+
+
+def measure_windows(volumes: dict[str, np.ndarray]) -> dict[str, dict]:
+    """The intensity record of every volume (`modality`, `unit`, `low`, `high`), as the image processor windows it."""
+    processor, windows = SynerMedGenImageProcessor(), {}
+    for name, volume in volumes.items():
+        low, high = processor.intensity_window(volume, name)
+        windows[name] = {"modality": name, "unit": processor.intensity[name]["unit"], "low": low, "high": high}
+    return windows
 
 
 def _checked(name: str, path: str, notes: list[Note]) -> Volume:
@@ -622,4 +630,14 @@ def _read_labels(path: str | None, onto: Volume, what: str, notes: list[Note]) -
     return array
 
 
-__all__ = ["CaseError", "CaseRecord", "LoadedCase", "Problem", "keep_pairs", "load_case", "read_manifest", "scan"]
+__all__ = [
+    "CaseError",
+    "CaseRecord",
+    "LoadedCase",
+    "Problem",
+    "keep_pairs",
+    "load_case",
+    "measure_windows",
+    "read_manifest",
+    "scan",
+]

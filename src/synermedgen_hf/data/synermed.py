@@ -24,7 +24,18 @@ from datasets import Features, Image, List, Value
 from .pairs import PAIR_FEATURES, is_wanted, pair_rows
 from .phantom import PROTOCOLS, SPLIT_SEEDS, simulate_volume
 from .released import find_released, read_generation_rows, read_understanding_rows, released_shards
-from .sources import MANIFESTS, MODALITIES, CaseError, CaseRecord, LoadedCase, Problem, keep_pairs, load_case, scan
+from .sources import (
+    MANIFESTS,
+    MODALITIES,
+    CaseError,
+    CaseRecord,
+    LoadedCase,
+    Problem,
+    keep_pairs,
+    load_case,
+    measure_windows,
+    scan,
+)
 from .splits import SPLITS, add_problem, hash_unit, read_report, read_splits, split_patients, write_splits, write_whole
 from .understanding import UNREADABLE, TaskSampler
 
@@ -212,15 +223,10 @@ def phantom_records(split: str, count: int) -> list[CaseRecord]:
 
 def load_phantom_case(record: CaseRecord, num_slices: int | None, size: int) -> LoadedCase:
     """A simulated patient in the form of [`load_case`]."""
-    from ..image_processing_synermedgen import SynerMedGenImageProcessor
-
     protocol = record.dataset.removeprefix("phantom-")
     case = simulate_volume(record.region, protocol, int(record.case_id.rsplit("-", 1)[1]), size, num_slices)
-    processor, windows = SynerMedGenImageProcessor(), {}
-    for name, volume in case.images.items():
-        low, high = processor.intensity_window(volume, name)
-        windows[name] = {"modality": name, "unit": processor.intensity[name]["unit"], "low": low, "high": high}
     usable = np.flatnonzero(case.mask.mean((1, 2)) >= 0.02)
+    windows = measure_windows(case.images)
     return LoadedCase(record, case.images, case.mask, case.lesion, case.spacing, windows, usable)
 
 
