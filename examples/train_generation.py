@@ -220,6 +220,12 @@ def main(args):
     pipe = SynerMedGenPipeline.from_pretrained(
         args.pretrained_model_name_or_path, allow_missing=args.allow_missing, print_report=False
     )
+    trained_parts = {"generation"} if args.freeze != "none" else {"generation", "understanding", "vision"}
+    if random := [part for part in pipe.model.config.missing_parts if part not in trained_parts]:
+        raise SystemExit(
+            f"{args.pretrained_model_name_or_path} came without its {' and '.join(random)} weights, which this "
+            "training would leave as random numbers. Start from a complete checkpoint."
+        )
     pipe.vae.requires_grad_(False)
     model = pipe.model.train()
     model.lm_head.requires_grad_(False)  # the flow loss does not reach it
@@ -312,7 +318,6 @@ def main(args):
         pipe.model = accelerator.unwrap_model(model)
         ema.copy_to(trained)
         config = pipe.model.config
-        trained_parts = {"generation"} if args.freeze != "none" else {"generation", "understanding", "vision"}
         config.missing_parts = [part for part in config.missing_parts if part not in trained_parts]
         config.trained_routes = [route.name for route in ROUTES]
         config.notice = NOTICE

@@ -209,7 +209,7 @@ def test_a_route_or_task_that_does_not_exist(native, output, option, value):
 
 
 def test_interrupting_removes_what_was_half_written(native, output, monkeypatch):
-    def interrupt(name, tensor):
+    def interrupt(name, tensor, dtype=None):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(bagel, "tensor_digest", interrupt)
@@ -223,10 +223,10 @@ import os, signal, sys
 from synermedgen_hf import bagel, cli
 
 digest = bagel.tensor_digest
-def tensor_digest(name, tensor):
+def tensor_digest(name, tensor, dtype=None):
     if name.startswith("vae.decoder"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return digest(name, tensor)
+    return digest(name, tensor, dtype)
 
 bagel.tensor_digest = tensor_digest
 cli.app(sys.argv[1:])

@@ -31,7 +31,7 @@ from .configuration_synermedgen import SynerMedGenConfig
 from .hub import STAGING, complete_repository, staged
 from .image_processing_synermedgen import SynerMedGenImageProcessor
 from .loading_synermedgen import LoadReport, combine_digests, is_allowed, part_of, tensor_digest
-from .model_card import make_model_card
+from .model_card import make_model_card, may_replace_card
 from .modeling_synermedgen import AUTO_MAP, SinCosPositionTable, SynerMedGenForConditionalGeneration
 from .processing_synermedgen import MODALITY_NAMES, SPECIAL_TOKENS, SynerMedGenProcessor
 
@@ -70,6 +70,7 @@ VAE_ATTENTION = re.compile(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$")  # (C, C
 
 # Public values of BAGEL, in no file of the checkpoint.
 VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159
+PIECE = 1 << 24  # values converted at a time
 TIMESTEP_SHIFT, SAMPLING_SHIFT = 1.0, 3.0
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -178,7 +179,10 @@ def list_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def write_tensors(
-    file: Path, tensors: dict[str, StoredTensor], dtype: torch.dtype | None, after: Callable[[str, torch.Tensor], None]
+    file: Path,
+    tensors: dict[str, StoredTensor],
+    dtype: torch.dtype | None,
+    after: Callable[[str, torch.Tensor, torch.dtype], None],
 ):
     """
     Write one safetensors file, reading its tensors one at a time. (The library writes only what is all in memory.)
@@ -187,7 +191,7 @@ def write_tensors(
         file (`Path`): To be made.
         tensors (`dict[str, StoredTensor]`): By the names they shall have.
         dtype (`torch.dtype`, *optional*): To convert to.
-        after (`Callable`): Called with name and tensor, as written.
+        after (`Callable`): Called with name, tensor as read, and type as written.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -204,15 +208,16 @@ def write_tensors(
     with file.open("wb") as out:
         out.write(len(head).to_bytes(8, "little") + head)
         for name, tensor in tensors.items():
-            stored = tensor.read()
-            value = stored.to(dtype or tensor.dtype).contiguous()
-            if value.dtype != stored.dtype and not value.isfinite().all() and stored.isfinite().all():
-                raise ValueError(
-                    f"{tensor.file}: {tensor.name} holds values too large for {value.dtype}; choose another --dtype."
-                )
-            del stored
-            out.write(value.reshape(-1).view(torch.uint8).numpy().data)
-            after(name, value)
+            value = tensor.read().contiguous()
+            for piece in value.reshape(-1).split(PIECE):  # a converted copy of the whole would double the memory
+                converted = piece.to(dtype or tensor.dtype)
+                if converted.dtype != piece.dtype and not converted.isfinite().all() and piece.isfinite().all():
+                    raise ValueError(
+                        f"{tensor.file}: {tensor.name} holds values too large for {converted.dtype}; choose another "
+                        "--dtype."
+                    )
+                out.write(converted.view(torch.uint8).numpy().data)
+            after(name, value, dtype or tensor.dtype)
 
 
 def read_json(file: Path) -> dict:
@@ -335,7 +340,10 @@ def read_native(folder: str | Path, choice: str | None = None) -> NativeCheckpoi
     files = find_weights(folder, choice)
     found = NativeCheckpoint(folder, weights_file=files[0].name if len(files) == 1 else f"{len(files)} shards")
     for file in files:
-        found.weights |= list_tensors(file)
+        for name, tensor in list_tensors(file).items():
+            if name in found.weights:
+                raise ValueError(f"{name} is in {found.weights[name].file.name} and in {file.name}; keep one of them.")
+            found.weights[name] = tensor
     if (folder / "ae.safetensors").exists():
         found.vae = list_tensors(folder / "ae.safetensors")
     for name in ("llm", "vit"):
@@ -686,6 +694,11 @@ def convert_bagel(
     # 1. Read headers and numbers.
     output = Path(output)
     check_trained(trained_routes, trained_tasks)
+    positive = {"vae_scale": vae_scale, "timestep_shift": timestep_shift, "sampling_shift": sampling_shift}
+    if wrong := [name for name, value in positive.items() if not 0 < value < math.inf]:
+        raise ValueError(f"{', '.join(wrong)} must be a positive number.")
+    if not math.isfinite(vae_shift):
+        raise ValueError(f"vae_shift must be a number, got {vae_shift}.")
     checkpoint = read_native(source, weights)
     tokenizer_folder = checkpoint.folder
     if base is not None:
@@ -762,9 +775,9 @@ def convert_bagel(
         tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Converting") as progress,
     ):
 
-        def after(prefix, name, tensor):
-            digests[prefix + name] = tensor_digest(prefix + name, tensor)
-            progress.update(tensor.nbytes)
+        def after(prefix, name, tensor, kind):
+            digests[prefix + name] = tensor_digest(prefix + name, tensor, kind)
+            progress.update(tensor.numel() * kind.itemsize)
 
         for sub in ("model", "processor", "vae", "scheduler"):
             (folder / sub).mkdir()
@@ -782,16 +795,21 @@ def convert_bagel(
         FlowMatchEulerDiscreteScheduler(shift=sampling_shift).save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
         complete_repository(folder)
-        card.save(folder / "README.md")
+        readme = output / "README.md"
+        if may_replace_card(readme.read_text() if readme.exists() else None):
+            card.save(folder / "README.md")
     for (prefix, module), kind in zip(modules.items(), (config.dtype, None), strict=True):
         torch.nn.Module.to(module, kind or next(iter(placed[prefix].values())).dtype)  # for the report
     lines = [f"Merged from {folder}: {group}" for group, folder in checkpoint.merged.items()]
+    beside = checkpoint.folder / "model.safetensors"
+    if checkpoint.weights_file == "ema.safetensors" and beside.exists():
+        lines.append("model.safetensors was left out beside ema.safetensors; --weights model.safetensors takes it")
     lines.append(report.table(modules, checksum=combine_digests(digests)[:16]))
     recomputed = [name for name, table in tables.items() if table is not None]
     lines.append(f"Recomputed, not stored: {', '.join(recomputed) or 'nothing'}")
     if config.missing_parts:
         lines.append(f"Without its {' and '.join(config.missing_parts)} weights: what needs them will be refused.")
-    lines.append(f"Wrote {output} from {files}, {sum(sizes.values()) / 1e9:.2f} GB of weights")
+    lines.append(f"Wrote {output} from {files}, {_size(sum(sizes.values()))} of weights")
     return "\n".join(lines)
 
 
@@ -876,7 +894,13 @@ def export_bagel(
             for name, tensor in stored[prefix].items()
             if name in wanted and tensor.shape != wanted[name]
         ]
-    known = [name for name in report.missing if part_of(name) in config.missing_parts]
+    # What the configuration knows to be missing is missing as a whole group, as an original training run leaves it out.
+    there = {group_of(rename_model_key(name, back=True)) for name in report.loaded if not name.startswith("vae.")}
+    known = [
+        name
+        for name in report.missing
+        if part_of(name) in config.missing_parts and group_of(rename_model_key(name, back=True)) not in there
+    ]
     report.check([*allow_missing, *known], allow_unexpected)
 
     # 2. Back to the native names and shapes, with the tables of positions that belong to what is there.
@@ -900,11 +924,11 @@ def export_bagel(
     tokenizer = AutoTokenizer.from_pretrained(source / "processor")
     digests = {}
     with (
-        writing(output, replaces=()) as folder,
+        writing(output, replaces=None) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="Exporting") as progress,
     ):
 
-        def after(prefix, native, tensor):
+        def after(prefix, native, tensor, kind):
             if name := names.get(prefix + native):
                 shape = modules[prefix].get_parameter(name.removeprefix(prefix)).shape
                 digests[name] = tensor_digest(name, tensor.reshape(shape))

@@ -15,6 +15,13 @@ app = typer.Typer(
 )
 
 
+class Questions(StrEnum):
+    understanding = "understanding"
+    cts = "cts"
+    mi = "mi"
+    tia = "tia"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
@@ -59,7 +66,7 @@ def convert_bagel(
         str | None, typer.Option(help="File of model weights in SOURCE, where there are several.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Convert the model to it; the autoencoder keeps its own.  [default: keep]")
+        Dtype | None, typer.Option(help="Convert the model to it; the autoencoder keeps its own. By default, kept.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
     vae_scale: Annotated[float, typer.Option(help="latent = scale * (z - shift)")] = 0.3611,
@@ -138,7 +145,7 @@ def phantom(
     seed: Annotated[int, typer.Option(help="Another one makes other patients.")] = 0,
     size: Annotated[int, typer.Option(min=32, help="Pixels of a slice's longer side.")] = 64,
     num_slices: Annotated[
-        int | None, typer.Option(min=1, help="Slices of a volume.  [default: as the size asks]")
+        int | None, typer.Option(min=1, help="Slices of a volume; by default as the size asks.")
     ] = None,
     misregistration: Annotated[bool, typer.Option(help="Move modalities against one another by a little.")] = False,
     breathing: Annotated[bool, typer.Option(help="Lift the organs in PET against CT.")] = False,
@@ -169,7 +176,7 @@ def phantom(
 def preview(
     data_dir: Annotated[Path, typer.Argument(help="Folder of scans, as for load_dataset.")],
     output: Annotated[Path, typer.Argument(help="Folder to write index.html, pictures and a data card to.")],
-    config: Annotated[str, typer.Option(help="understanding, cts, mi or tia")] = "understanding",
+    config: Annotated[Questions, typer.Option(help="Which tasks.")] = Questions.understanding,
     rows: Annotated[int, typer.Option(min=1, help="Examples on the sheet.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
 ):
@@ -181,17 +188,26 @@ def preview(
 
         from .data.sheet import data_card, write_sheet
 
-        table = load_dataset("synermed", config, data_dir=str(data_dir), streaming=True, seed=seed)
-        examples, counted, splits = [], [], {}
-        for split, stream in table.items():
-            patients, before = set(), len(counted)
-            for row in tqdm(stream.decode(False), desc=split, unit="row"):
-                counted.append({key: row[key] for key in ("dataset", "region", "route", "task")})
-                patients.add(f"{row['dataset']}/{row['patient_id']}")
-            splits[split] = {"patients": len(patients), "rows": len(counted) - before}
+        def load(**options):
+            return load_dataset("synermed", config.value, data_dir=str(data_dir), streaming=True, seed=seed, **options)
+
+        # A few of each case, so that the sheet shows many patients.
+        examples = []
+        for stream in load(per_case=2).values():
             examples += list(stream.take(rows - len(examples))) if len(examples) < rows else []
-        page = write_sheet(examples, output, f"SynerMed {config}")
-        (output / "README.md").write_text(data_card(data_dir.resolve().name, counted, splits))
+        splits = {}
+
+        def count():
+            for split, stream in load().items():
+                patients, number = set(), 0
+                for row in tqdm(stream.decode(False), desc=split, unit="row"):
+                    patients.add(f"{row['dataset']}/{row['patient_id']}")
+                    number += 1
+                    yield row
+                splits[split] = {"patients": len(patients), "rows": number}
+
+        page = write_sheet(examples, output, f"SynerMed {config.value}")
+        (output / "README.md").write_text(data_card(data_dir.resolve().name, count(), splits))
         return f"Wrote {page} and {output / 'README.md'}"
 
     run(write)

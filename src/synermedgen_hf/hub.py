@@ -12,6 +12,7 @@ part of what a repository carries, so a pipeline loaded from there can be saved 
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
-from huggingface_hub import create_repo, hf_hub_download, upload_folder
+from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files, upload_folder
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -53,10 +54,8 @@ COMPONENT_CLASS = {
 }
 INDEX = "model.safetensors.index.json"
 # Weights of an earlier save that must not outlive it: the Auto classes would take them first.
-WEIGHTS = tuple(
-    f"{folder}{pattern}"
-    for folder in ("", "model/", "vae/")
-    for pattern in ("model*.safetensors", "diffusion*.safetensors", "*.safetensors.index.json")
+WEIGHTS = re.compile(
+    r"((model/)?model|vae/diffusion_pytorch_model)(-\d{5}-of-\d{5})?(\.\w+)?\.safetensors(\.index\.json)?"
 )
 STAGING = ".incomplete"
 
@@ -67,21 +66,22 @@ CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
 }
 COMPONENTS = tuple(CONFIG_FILES)
+CARD_FACTS = ("license", "base_model", "datasets")
 HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 _FETCH_MARK = "# Names, for a download, the files that must come along; never run."
 
 
 @contextlib.contextmanager
-def staged(folder: str | os.PathLike, replaces: tuple[str, ...] = WEIGHTS) -> Iterator[Path]:
+def staged(folder: str | os.PathLike, replaces: re.Pattern | None = WEIGHTS) -> Iterator[Path]:
     """
     A folder to write into that becomes part of `folder` only when all is written; on any error it is removed. What a
     killed process left behind is cleared by the next one.
 
     Args:
         folder (`str` or `os.PathLike`): Made if it does not exist. Files of the same name are replaced, those that
-            match `replaces` removed, everything else stays.
-        replaces (`tuple[str, ...]`): Patterns of files that must not outlive an earlier save.
+            match `replaces` wholly removed, everything else stays.
+        replaces (`re.Pattern`, *optional*): Names of files that must not outlive an earlier save.
 
     Raises:
         `NotADirectoryError`: `folder` is a file.
@@ -108,8 +108,10 @@ def staged(folder: str | os.PathLike, replaces: tuple[str, ...] = WEIGHTS) -> It
     for name in entrances:
         if name in files:
             (folder / name).unlink(missing_ok=True)
-    for old in [path for pattern in replaces for path in folder.glob(pattern)]:
-        if old.relative_to(folder) not in files:
+    for old in [*folder.glob("*.safetensors*"), *folder.glob("*/*.safetensors*")]:
+        name = old.relative_to(folder)
+        if replaces and replaces.fullmatch(name.as_posix()) and name not in files:
+            logger.warning("%s of an earlier save is removed.", old)
             old.unlink()
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,31 @@ def check_folder(path, given: dict[str, Any]):
     raise OSError(f"{path} is not a SynerMedGen pipeline: it lacks {', '.join(absent)}. {advice}")
 
 
-def load_vae(path, dtype: torch.dtype, **where) -> tuple[AutoencoderKL, LoadReport]:
+def read_card_facts(path, **where) -> dict:
+    """Licence, base model and data sets that the card of a folder or repository names."""
+    if Path(path).is_dir():
+        file = Path(path) / "README.md"
+    else:
+        file = cached_file(str(path), "README.md", _raise_exceptions_for_missing_entries=False, **where)
+    if file is None or not Path(file).exists():
+        return {}
+    try:
+        data = ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, UnicodeDecodeError):
+        return {}
+    return {name: data[name] for name in CARD_FACTS if data.get(name)}
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A dtype by its name; `"auto"`, that of the file, stays."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"Unknown dtype {dtype!r}: pass a torch.dtype, its name such as 'bfloat16', or 'auto'.")
+    return getattr(torch, dtype)
+
+
+def load_vae(path, dtype: torch.dtype | str, **where) -> tuple[AutoencoderKL, LoadReport]:
     """The autoencoder of a pipeline folder or repository, and what was loaded of it."""
     check_no_pickle(path, "vae")
     try:
@@ -232,7 +258,7 @@ def load_vae(path, dtype: torch.dtype, **where) -> tuple[AutoencoderKL, LoadRepo
             vae, info = AutoencoderKL.from_pretrained(
                 path,
                 subfolder="vae",
-                torch_dtype=dtype,
+                torch_dtype=None if dtype == "auto" else dtype,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # the report names them
@@ -280,8 +306,9 @@ class HubMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository.
-            dtype (`torch.dtype` or `dict`, defaults to `torch.float32`):
-                Of model and VAE, as transformers calls it; a dict has one per component and `"default"`.
+            dtype (`torch.dtype`, `str` or `dict`, defaults to `torch.float32`):
+                Of model and VAE, as transformers calls it; `"auto"` keeps the model's own; a dict has one per component
+                and `"default"`.
             torch_dtype (`torch.dtype` or `dict`, *optional*): The same, as diffusers calls it.
             allow_missing, allow_unexpected (`list[str]`, *optional*):
                 Names of tensors, or patterns with `*`, that may be absent or left out; the autoencoder's begin with
@@ -305,7 +332,7 @@ class HubMixin:
         dtype = dtype or torch_dtype or torch.float32
         dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
         of = {name: dtypes.get(name, dtypes.get("default", torch.float32)) for name in ("model", "vae")}
-        of = {name: getattr(torch, one) if isinstance(one, str) else one for name, one in of.items()}
+        of = {name: as_dtype(one) for name, one in of.items()}
         allowed = {"allow_missing": allow_missing, "allow_unexpected": allow_unexpected}
         report = LoadReport(str(path))
         if "model" not in components:
@@ -321,6 +348,8 @@ class HubMixin:
             if vae_report.missing:
                 config = components["model"].config
                 config.missing_parts = sorted({*config.missing_parts, "autoencoder"})
+        elif "autoencoder" in components["model"].config.missing_parts:
+            components["model"].config.missing_parts.remove("autoencoder")
             if kwargs.get("device_map") is not None:
                 components["vae"].to(components["model"].device)
         if "processor" not in components:
@@ -331,6 +360,7 @@ class HubMixin:
             )
         pipe = cls(**components)
         pipe.load_report = report
+        pipe.card_facts = read_card_facts(path, **where)
         if print_report and os.environ.get("RANK", "0") == "0":
             logger.warning(report.table({"": pipe.model, "vae.": pipe.vae}))
         if pipe.model.config.notice:
@@ -374,7 +404,10 @@ class HubMixin:
         if push_to_hub:
             card = {"repo_id": kwargs.get("repo_id", title), **(card or {})}
         intensity = self.processor.image_processor.intensity
-        card = make_model_card(self.model.config, intensity, **{"title": title, **(card or {})})
+        # What the card said when this was loaded, until it is said anew.
+        card = {"title": title, **getattr(self, "card_facts", {}), **(card or {})}
+        self.card_facts = {name: card[name] for name in CARD_FACTS if name in card}
+        card = make_model_card(self.model.config, intensity, **card)
         with staged(save_directory) as folder:
             super().save_pretrained(folder, max_shard_size=max_shard_size)
             if (folder / "model" / "lora").exists():
@@ -390,8 +423,9 @@ class HubMixin:
                 card.save(folder / "README.md")
             else:
                 logger.warning("%s was changed by hand and stays as it is.", readme)
+            written = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         if push_to_hub:
-            self.upload_repository(save_directory, kwargs.pop("repo_id", title), **kwargs)
+            self.upload_repository(save_directory, kwargs.pop("repo_id", title), files=written, **kwargs)
 
     def push_to_hub(
         self,
@@ -428,24 +462,30 @@ class HubMixin:
         private: bool | None = None,
         token: str | None = None,
         create_pr: bool = False,
+        files: list[str] | None = None,
     ) -> str:
-        """Publish a saved folder; a README that was changed by hand on the Hub stays, older weights do not."""
+        """
+        Publish a saved folder, or only `files` of it; a README that was changed by hand on the Hub stays, weights of an
+        earlier push do not.
+        """
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        files = files or [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
         try:
             published = Path(hf_hub_download(repo_id, "README.md", token=token)).read_text()
         except EntryNotFoundError:
             published = None
-        ignored = [] if may_replace_card(published) else ["README.md"]
-        if ignored:
+        if not may_replace_card(published):
             logger.warning("The README of %s was changed by hand and stays as it is.", repo_id)
+            files = [name for name in files if name != "README.md"]
+        there = list_repo_files(repo_id, token=token)
         return upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or "Upload SynerMedGenPipeline",
             token=token,
             create_pr=create_pr,
-            ignore_patterns=ignored,
-            delete_patterns=list(WEIGHTS),
+            allow_patterns=files,
+            delete_patterns=[name for name in there if WEIGHTS.fullmatch(name) and name not in files] or None,
         )
 
     # LoRA adapters ----------------------------------------------------------------------------------------------------

@@ -48,17 +48,19 @@ def part_of(name: str) -> str:
 
 
 def is_allowed(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is one of `patterns`, in which `*` stands for anything."""
+    """Whether a name is one of `patterns`, in which `*` stands for anything; one pattern may be given as it is."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
+def tensor_digest(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bytes:
     """
     SHA-256 over name, shape and values of one tensor on the CPU. Floating-point values count as float32, so bfloat16
-    weights read as float32 are still the same weights.
+    weights read as float32 are still the same weights. With a `dtype`, of the values as that type holds them.
     """
     values, content = tensor.detach().contiguous().reshape(-1), hashlib.sha256()
     for piece in values.split(_PIECE):  # a float32 copy of the whole would be the largest thing in memory
+        piece = piece.to(dtype or piece.dtype)
         piece = piece.float() if piece.is_floating_point() else piece
         content.update(piece.view(torch.uint8).numpy())
     return hashlib.sha256(f"{name} {tuple(tensor.shape)} {content.hexdigest()}".encode()).digest()

@@ -45,7 +45,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import logging
 
 from .configuration_synermedgen import SynerMedGenConfig, SynerMedGenTextConfig
-from .loading_synermedgen import LoadReport, check_no_pickle, without_reports
+from .loading_synermedgen import LoadReport, check_no_pickle, part_of, without_reports
 
 logger = logging.get_logger(__name__)
 
@@ -595,6 +595,15 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
         kwargs |= {"max_shard_size": max_shard_size, "save_original_format": False}
         # Entries of a repository that this was loaded from would point there.
         self.config.auto_map = dict(AUTO_MAP)
+        if self.config.missing_parts:
+            # Random numbers saved would count as loaded the next time.
+            missing = set(self.load_report.missing) if hasattr(self, "load_report") else set()
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {
+                name: tensor
+                for name, tensor in state_dict.items()
+                if name not in missing or part_of(name) not in self.config.missing_parts
+            }
         if not self._hf_peft_config_loaded:
             return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         state_dict = self.state_dict() if state_dict is None else state_dict

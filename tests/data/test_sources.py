@@ -9,7 +9,15 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from synermedgen_hf import SynerMedGenImageProcessor
-from synermedgen_hf.data.sources import CaseRecord, Problem, keep_pairs, load_case, read_manifest, scan
+from synermedgen_hf.data.sources import (
+    CaseRecord,
+    Problem,
+    brats_patient,
+    keep_pairs,
+    load_case,
+    read_manifest,
+    scan,
+)
 
 BRATS_MODALITIES = ["T1", "T1CE", "T2", "FLAIR"]
 BRATS_OLD, BRATS_NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
@@ -111,9 +119,9 @@ def test_validation_folders_without_ct_are_no_pairs_and_said_to_be_none(tmp_path
 @pytest.mark.parametrize(
     ("folder", "file", "parts", "patient", "centre"),
     [
-        ("HGG/Brats18_TCIA01_131_1", "{case}_{part}.nii.gz", BRATS_OLD, "Brats18_TCIA01_131_1", "TCIA01"),
-        ("LGG/Brats18_2013_15_1", "{case}_{part}.nii.gz", BRATS_OLD, "Brats18_2013_15_1", ""),
-        ("HGG/BraTS19_CBICA_AAB_1", "{case}_{part}.nii.gz", BRATS_OLD, "BraTS19_CBICA_AAB_1", "CBICA"),
+        ("HGG/Brats18_TCIA01_131_1", "{case}_{part}.nii.gz", BRATS_OLD, "TCIA01_131_1", "TCIA01"),
+        ("LGG/Brats18_2013_15_1", "{case}_{part}.nii.gz", BRATS_OLD, "2013_15_1", ""),
+        ("HGG/BraTS19_CBICA_AAB_1", "{case}_{part}.nii.gz", BRATS_OLD, "CBICA_AAB_1", "CBICA"),
         (
             "MICCAI_BraTS2020_TrainingData/BraTS20_Training_001",
             "{case}_{part}.nii",
@@ -121,7 +129,7 @@ def test_validation_folders_without_ct_are_no_pairs_and_said_to_be_none(tmp_path
             "BraTS20_Training_001",
             "",
         ),
-        ("BraTS2021_00495", "{case}_{part}.nii.gz", BRATS_OLD, "BraTS2021_00495", ""),
+        ("BraTS2021_00495", "{case}_{part}.nii.gz", BRATS_OLD, "BraTS-GLI-00495", ""),
         (
             "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData/BraTS-GLI-00031-001",
             "{case}-{part}.nii.gz",
@@ -454,9 +462,7 @@ def test_a_manifest_names_own_data(tmp_path, form):
             {"CT": "/elsewhere/ct.mha", "PET": str(tmp_path / "pet.nrrd")},
         ),
     ]
-    # Given itself, or found in the root, where it goes before every layout.
-    touch(tmp_path, "1BA001/mr.nii.gz", "1BA001/ct.nii.gz")
-    assert scan(manifest) == scan(tmp_path) == (cases, problems)
+    assert scan(manifest) == scan(tmp_path) == (cases, problems)  # given itself, or found in the root
 
 
 @pytest.mark.parametrize(
@@ -820,3 +826,25 @@ def test_a_dicom_folder_is_a_path_like_any_other(scans, tmp_path):
     case = load_case(kept[0])
     assert problems == case.notes == []
     np.testing.assert_array_equal(case.images["CT"], scans.image("CT").transpose(2, 1, 0))
+
+
+def test_one_glioma_in_two_releases_is_one_patient():
+    assert brats_patient("Brats18_CBICA_AAB_1") == brats_patient("BraTS19_CBICA_AAB_1")
+    assert brats_patient("BraTS2021_00495") == brats_patient("BraTS-GLI-00495-001")
+    assert brats_patient("BraTS20_Training_001") != brats_patient("BraTS2021_00001")
+
+
+def test_a_manifest_beside_known_layouts_hides_neither(tmp_path):
+    touch(tmp_path / "Task1" / "brain" / "1BA001", "mr.nii.gz", "ct.nii.gz", "mask.nii.gz")
+    touch(tmp_path / "ours" / "p1", "t1.nii.gz", "t2.nii.gz")
+    rows = "case_id,patient_id,region,T1,T2\nvisit-1,p1,brain,p1/t1.nii.gz,p1/t2.nii.gz\n"
+    (tmp_path / "ours" / "manifest.csv").write_text(rows)
+    cases, problems = scan(tmp_path)
+    assert [case.name for case in cases] == ["own/visit-1", "synthrad2023/1BA001"] and problems == []
+
+
+def test_visits_of_a_patient_without_a_name_in_the_files_stay_together(tmp_path):
+    for visit in ("2019-01", "2020-07"):
+        touch(tmp_path / "P1" / visit, "t1n.nii.gz", "t2w.nii.gz", "t2f.nii.gz")
+    cases, _ = scan(tmp_path)
+    assert [(case.case_id, case.patient_id) for case in cases] == [("P1/2019-01", "P1"), ("P1/2020-07", "P1")]

@@ -74,29 +74,39 @@ def test_the_draw_is_the_same_on_every_machine_and_in_every_release():
     """Published splits rest on it."""
     assigned = split_patients(hospitals({"A": 12}), RATIOS, seed=0)
     assert {name: split for name, split in assigned.items() if split != "train"} == {
-        "synthrad2023/A010": "test",
-        "synthrad2023/A011": "validation",
+        "synthrad2023/A003": "validation",
+        "synthrad2023/A009": "test",
     }
     assert hash_unit("a", 1) == hash_unit("a/1") == pytest.approx(0.4656097097)
 
 
 @pytest.mark.parametrize("ratios", [(0.8, 0.1, 0.1), (0.7, 0.15, 0.15), (0.5, 0.3, 0.2), (0.9, 0.0, 0.1)])
 @pytest.mark.parametrize("sizes", [{"A": 60, "B": 60, "C": 60}, {"A": 61, "B": 7, "C": 1, "D": 2, "E": 33}])
-def test_shares_are_right_over_all_and_within_one_patient_in_every_centre(sizes, ratios):
+def test_shares_are_right_within_one_patient_in_every_centre(sizes, ratios):
     cases = hospitals(sizes)
     for seed in range(5):
         assigned = split_patients(cases, ratios, seed)
-        over_all = Counter(assigned.values())
-        for split, ratio in zip(SPLITS, ratios, strict=True):
-            assert abs(over_all[split] - ratio * len(cases)) < 1
         for centre, size in sizes.items():
             here = Counter(assigned[f"synthrad2023/{one.patient_id}"] for one in cases if one.centre == centre)
             assert all(abs(here[split] - ratio * size) <= 1 for split, ratio in zip(SPLITS, ratios, strict=True))
 
 
 def test_centres_of_one_patient_each_do_not_all_go_to_training():
-    cases = [case(f"p{number}", centre=f"centre {number}") for number in range(100)]
-    assert Counter(split_patients(cases, RATIOS, seed=0).values()) == {"train": 80, "validation": 10, "test": 10}
+    cases = [case(f"p{number}", centre=f"centre {number}") for number in range(400)]
+    counts = Counter(split_patients(cases, RATIOS, seed=0).values())
+    assert 290 < counts["train"] < 350 and counts["validation"] > 20 and counts["test"] > 20
+
+
+def test_other_centres_and_data_sets_move_nobody():
+    alone = split_patients(hospitals({"A": 60}), RATIOS, seed=0)
+    among = split_patients(hospitals({"A": 60, "B": 35}), RATIOS, seed=0)
+    assert all(among[patient] == split for patient, split in alone.items())
+
+
+def test_a_case_that_is_gone_moves_those_at_the_edges_at_most():
+    cases = hospitals({"A": 60})
+    before, after = (split_patients(some, RATIOS, seed=0) for some in (cases, cases[1:]))
+    assert sum(before[patient] != split for patient, split in after.items()) <= 2
 
 
 def test_all_patients_may_go_to_one_split():
@@ -134,7 +144,7 @@ def edit(path, change):
 
 
 def test_splits_come_back_from_their_file(cases, file):
-    assert read_splits(file, cases) == split_patients(cases, RATIOS, seed=3)
+    assert read_splits(file) == split_patients(cases, RATIOS, seed=3)
     assert [path.name for path in file.parent.iterdir()] == ["splits.json"]  # nothing unfinished stays
 
 
@@ -150,38 +160,32 @@ def test_the_file_says_how_it_was_drawn(file):
 
 
 def test_patients_that_are_no_longer_there_do_no_harm(cases, file):
-    assert len(read_splits(file, cases[:4])) == 30
+    assert len(read_splits(file)) == 30
 
 
 def test_a_file_that_was_changed_is_refused(cases, file):
     edit(file, lambda splits: splits["train"]["patients"].append(splits["test"]["patients"].pop()))
     with pytest.raises(ValueError, match="splits.json: the checksum of train does not fit .*the file was changed"):
-        read_splits(file, cases)
+        read_splits(file)
 
 
 def test_a_patient_on_two_sides_is_refused(cases, file):
     edit(file, lambda splits: splits.__setitem__("test", splits["train"]))
     with pytest.raises(ValueError, match="splits.json: synthrad2023/.* is in train and in test"):
-        read_splits(file, cases)
-
-
-def test_a_patient_that_the_file_does_not_know_is_refused(cases, file):
-    new = [case("new"), case("newer")]
-    with pytest.raises(ValueError, match="lacks 2 patients of this data, such as synthrad2023/new"):
-        read_splits(file, [*cases, *new])
+        read_splits(file)
 
 
 def test_a_split_of_another_name_is_refused(cases, file):
     edit(file, lambda splits: splits.__setitem__("holdout", splits.pop("test")))
     with pytest.raises(ValueError, match="splits.json.*holdout"):
-        read_splits(file, cases)
+        read_splits(file)
 
 
 @pytest.mark.parametrize("content", ['{"train": ["p1"]}', "[]", "train: p1"])
 def test_a_file_of_another_kind_is_refused_by_name(cases, tmp_path, content):
     (tmp_path / "folds.json").write_text(content)
     with pytest.raises(ValueError, match="folds.json"):
-        read_splits(tmp_path / "folds.json", cases)
+        read_splits(tmp_path / "folds.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,9 @@ def import_recipe(file: str | Path, data_dir: str | Path | None = None) -> str:
             raise ValueError(f"{file}: the weight of {name} must be a number of at least 0, got {weight!r}.")
         lines += [f"# {name}: {remark}" for remark in _remarks(name, group, released)]
         options = f'"synermed", "{CONFIGURATIONS[name]}", data_dir={str(data_dir)!r}, split="train", streaming=True'
+        if name == "vlm_sft":
+            lines.append("# The original trains on every row; leave split_ratios out to hold patients back.")
+            options += ", split_ratios=(1, 0, 0)"
         lines.append(f"{name} = load_dataset({options})")
         if weight > 0:
             names.append(name)

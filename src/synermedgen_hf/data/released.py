@@ -257,8 +257,12 @@ def _understanding_row(line: dict, offset: int) -> tuple[dict, list[str]]:
     elif markers != len(names):
         raise ValueError(f"{markers} image markers for {len(names)} images")
     answer = answers[0].strip()
+    if not answer:
+        raise ValueError("the answer is empty")
     panels = parse_listing(answer)
     if panels is not None:
+        if len(panels) != len(names):
+            raise ValueError(f"{len(panels)} panels in the answer for {len(names)} images")
         if None in panels:
             raise ValueError(f"a panel of the answer names no modality: {answer}")
         listing = ", ".join(f"{letter}: {panel}" for letter, panel in zip("ABCDEFGH", panels, strict=False))
@@ -269,7 +273,7 @@ def _understanding_row(line: dict, offset: int) -> tuple[dict, list[str]]:
         task, options, answer = "MI", [], listing
     else:
         task = {5: "CTS", 2: "TIA"}.get(len(names), "")
-        options = ["A", "B", "C", "D"] if task else []
+        options = ["A", "B", "C", "D"] if task in ("CTS", "TIA") else []
         letter = parse_answer(answer, options) if options else None
         options, answer = (options, letter) if letter else ([], answer)
     pair = line.get("pair") or {}

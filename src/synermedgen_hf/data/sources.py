@@ -36,6 +36,7 @@ MR_BODY_SHARE = 0.05  # of the window's high end
 # Rules of `load_case`.
 MIN_SHARED_EXTENT = 0.5
 MIN_SHARED_BODY = 0.3
+MIN_SHARED_BRAIN = 0.9  # of BraTS, whose sequences are stripped by one mask
 MAX_NAN_SHARE = 0.01
 MAX_SUV = 1000.0
 MAX_STORED_CT = 8191  # 12 bits, or the 13 of an extended scale
@@ -175,6 +176,9 @@ MYOPS_FILE = re.compile(r"^(myops_(?:training|test)_\d+)_(C0|DE|T2|gd)$", re.IGN
 MYOPS_FILES = {"c0": "MRI", "de": "T1CE", "t2": "T2"}
 # Labels that lie in folders of their own; they are found from their images.
 LABELS = re.compile(r"^labels[^/]*/(fdg|psma)_|_gd$", re.IGNORECASE)
+# A folder that is called after a visit rather than a patient.
+VISIT = re.compile(r"^(ses|session|visit|scan|time|tp)?[-_]?\d[\d._-]*$", re.IGNORECASE)
+BARE = "?"  # a case whose files do not name it; called after its folders
 MANIFESTS = ("manifest.csv", "manifest.jsonl")
 
 
@@ -218,14 +222,31 @@ def scan(root: str | Path) -> tuple[list[CaseRecord], list[Problem]]:
         raise FileNotFoundError(f"There is no folder {root}.")
     if root.is_file():
         return read_manifest(root)
-    for name in MANIFESTS:
-        if (root / name).exists():
-            return read_manifest(root / name)
     cases: dict[str, CaseRecord] = {}
     problems: list[Problem] = []
-    stray = 0
+    stray, claimed = 0, set()  # files that a manifest speaks for
+
+    def take(found: list[CaseRecord], where: Path):
+        for case in found:
+            if case.name in cases:
+                first = next(iter(cases[case.name].files.values()))
+                reason = f"a case of this name was found already, in {Path(first).parent}; the first one counts"
+                problems.append(Problem("skipped", case.name, str(where), reason))
+                continue
+            cases[case.name] = case
+            problems.extend(Problem("repaired", case.name, str(where), note) for note in case.notes)
+
     for folder, volumes in walk(root):
+        for name in MANIFESTS:
+            if (folder / name).is_file():
+                found, own = read_manifest(folder / name)
+                claimed |= {os.path.normpath(path) for case in found for path in case.paths}
+                problems += own
+                take(found, folder / name)
+        volumes = {name: path for name, path in volumes.items() if os.path.normpath(path) not in claimed}
         if not volumes:
+            if (SYNTHRAD_2023.match(folder.name) or SYNTHRAD_2025.match(folder.name)) and not any(folder.iterdir()):
+                problems.append(Problem("skipped", folder.name, str(folder), "the folder of a case is empty"))
             continue
         found, own = [], []
         for recognise in (_synthrad, _brats, _autopet, _nnunet, _myops):
@@ -235,14 +256,8 @@ def scan(root: str | Path) -> tuple[list[CaseRecord], list[Problem]]:
         else:
             stray += sum(not LABELS.search(f"{folder.name}/{name}") for name in volumes)
         problems += own
-        for case in found:
-            if case.name in cases:
-                first = next(iter(cases[case.name].files.values()))
-                reason = f"a case of this name was found already, in {Path(first).parent}; the first one counts"
-                problems.append(Problem("skipped", case.name, str(folder), reason))
-                continue
-            cases[case.name] = case
-            problems += [Problem("repaired", case.name, str(folder), note) for note in case.notes]
+        take([_bare_case(case, root) if case.case_id == BARE else case for case in found], folder)
+    problems += _doubtful_releases(cases.values(), root)
     if stray:
         reason = f"{stray} volumes that belong to no known layout; a manifest.csv can say what they are"
         problems.append(Problem("skipped", "", str(root), reason))
@@ -298,11 +313,11 @@ def _brats(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], li
         if len(odd) == 1:
             lesion = str(odd[0])
             notes.append(f"{odd[0].name} is the only segmentation of its folder and is taken as that")
-    site, time_point = BRATS_SITE.match(folder.name), BRATS_TIME_POINT.match(folder.name)
+    site = BRATS_SITE.match(folder.name)
     case = CaseRecord(
         dataset="brats",
-        case_id=folder.name,
-        patient_id=time_point[1] if time_point else folder.name,
+        case_id=folder.name if named else BARE,
+        patient_id=brats_patient(folder.name) if named else str(folder),
         region="brain",
         axis="axial",
         files=images,
@@ -311,6 +326,53 @@ def _brats(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], li
         notes=tuple(notes),
     )
     return [case] if images else [], problems
+
+
+def brats_patient(case_id: str) -> str:
+    """
+    The patient of a BraTS case: its time points, the releases of 2018 and 2019 (which differ in the prefix alone) and
+    those of 2021 and 2023 (which number the same gliomas alike) meet in one name.
+    """
+    if time_point := BRATS_TIME_POINT.match(case_id):
+        case_id = time_point[1]
+    if match := re.match(r"^BraTS(?:2021_|-GLI-)(\d{5})$", case_id, re.IGNORECASE):
+        return f"BraTS-GLI-{match[1]}"
+    return re.sub(r"^brats1[89]_", "", case_id, flags=re.IGNORECASE)
+
+
+def _bare_case(case: CaseRecord, root: Path) -> CaseRecord:
+    """Files without a patient's name in theirs: the case is called after its folder, or a visit after its patient's."""
+    place = Path(case.patient_id)
+    if VISIT.match(place.name) and place.parent != root:
+        return replace(case, case_id=f"{place.parent.name}/{place.name}", patient_id=place.parent.name)
+    return replace(case, case_id=place.name, patient_id=place.name)
+
+
+def absent_parts(cases: Iterable[CaseRecord]) -> list[Problem]:
+    """What a data set has of every case and not of these; they are read all the same."""
+    problems = []
+    for case in cases:
+        if case.dataset.startswith("synthrad") and case.mask is None:
+            reason = "there is no mask; what the images show decides on the slices"
+        elif case.dataset == "brats" and len(case.files) < 4:
+            absent = [name for name in ("T1", "T1CE", "T2", "FLAIR") if name not in case.files]
+            reason = f"missing modality: {', '.join(absent)}"
+        else:
+            continue
+        problems.append(Problem("repaired", case.name, next(iter(case.files.values())), reason))
+    return problems
+
+
+def _doubtful_releases(cases: Iterable[CaseRecord], root: Path) -> list[Problem]:
+    """BraTS 2020 numbers the patients of other releases anew: together they may put one patient into two splits."""
+    names = [case.case_id for case in cases if case.dataset == "brats"]
+    of_2020 = sum(name.upper().startswith("BRATS20_") for name in names)
+    if not 0 < of_2020 < len(names):
+        return []
+    reason = (
+        "BraTS 2020 lies beside other releases and has patients in common with them under other numbers; read it alone"
+    )
+    return [Problem("repaired", "", str(root), f"{reason}, or a patient may stand in two splits")]
 
 
 def _autopet(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], list[Problem]]:
@@ -534,7 +596,9 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
     bodies = {}
     for name, volume in volumes.items():
         low, high = windows[name]["low"], windows[name]["high"]
-        bodies[name] = volume.array > BODY_ABOVE.get(name, low + MR_BODY_SHARE * (high - low))
+        # The background of BraTS is exactly 0.
+        floor = 0 if record.dataset == "brats" else low + MR_BODY_SHARE * (high - low)
+        bodies[name] = volume.array > BODY_ABOVE.get(name, floor)
     _check_overlap(record, bodies, reference)
     mask = _read_labels(record.mask, onto, "mask", notes)
     lesion = _read_labels(record.lesion, onto, "lesion labels", notes)
@@ -604,7 +668,7 @@ def _check_overlap(record: CaseRecord, bodies: dict[str, np.ndarray], reference:
     for name, body in coarse.items():
         union = (body | coarse[reference]).sum()
         shared = (body & coarse[reference]).sum() / union if union else 0.0
-        if name != reference and shared < MIN_SHARED_BODY:
+        if name != reference and shared < (MIN_SHARED_BRAIN if record.dataset == "brats" else MIN_SHARED_BODY):
             raise CaseError(
                 record.files[name],
                 f"the body shares {shared:.0%} with that in {reference}; it seems to be another patient or place",
@@ -631,6 +695,7 @@ def _read_labels(path: str | None, onto: Volume, what: str, notes: list[Note]) -
 
 
 __all__ = [
+    "absent_parts",
     "CaseError",
     "CaseRecord",
     "LoadedCase",

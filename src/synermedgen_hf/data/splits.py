@@ -37,15 +37,20 @@ def split_patients(cases: list[CaseRecord], ratios: tuple[float, ...], seed: int
         if patient not in seen:
             seen.add(patient)
             strata[case.dataset, case.region, case.centre].append(patient)
-    # Every patient gives each split its ratio of credit, and goes where there is most: shares come out right over all
-    # and, to within one patient, in every stratum, however small.
-    assigned, credit = {}, np.zeros(len(SPLITS))
-    for stratum in sorted(strata):
-        for patient in sorted(strata[stratum], key=lambda patient: (hash_unit(seed, patient), patient)):
-            credit += ratios
-            place = int(credit.argmax())
-            credit[place] -= 1
-            assigned[patient] = SPLITS[place]
+    # Within a stratum alone, so that whatever else is there moves nobody; a patient more or less moves those at the two
+    # edges at most. Where the edges fall between patients, the stratum's own hash decides.
+    assigned, edges = {}, np.cumsum(ratios)[:2]
+    for stratum, patients in strata.items():
+        ranked = sorted(patients, key=lambda patient: (hash_unit(seed, patient), patient))
+        offset = hash_unit(seed, *stratum)
+        for place, patient in enumerate(ranked):
+            assigned[patient] = SPLITS[int(np.searchsorted(edges * len(ranked), place + offset, side="right"))]
+    # A handful of patients still makes every split: the largest gives one away.
+    for split, ratio in zip(SPLITS, ratios, strict=True):
+        if ratio > 0 and split not in assigned.values() and (split == "train" or len(assigned) >= len(SPLITS)):
+            largest = max(SPLITS, key=list(assigned.values()).count)
+            spare = [patient for patient, where in assigned.items() if where == largest]
+            assigned[max(spare, key=lambda patient: hash_unit(seed, patient))] = split
     return assigned
 
 
@@ -59,12 +64,12 @@ def write_splits(path: Path, assigned: dict[str, str], ratios, seed: int):
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_splits(path: str | Path, cases: list[CaseRecord]) -> dict[str, str]:
+def read_splits(path: str | Path) -> dict[str, str]:
     """
     The splits of an earlier build.
 
     Raises:
-        `ValueError`: The file was changed (a checksum does not fit), puts a patient into two splits, or lacks one.
+        `ValueError`: The file was changed (a checksum does not fit), or puts a patient into two splits.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -83,9 +88,6 @@ def read_splits(path: str | Path, cases: list[CaseRecord]) -> dict[str, str]:
             if patient in assigned:
                 raise ValueError(f"{path}: {patient} is in {assigned[patient]} and in {split}.")
             assigned[patient] = split
-    absent = sorted({f"{case.dataset}/{case.patient_id}" for case in cases} - assigned.keys())
-    if absent:
-        raise ValueError(f"{path} lacks {len(absent)} patients of this data, such as {absent[0]}.")
     return assigned
 
 

@@ -11,9 +11,10 @@ went into which split, is written to a folder that is named when the dataset is 
 """
 
 import hashlib
+import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from .sources import (
     CaseRecord,
     LoadedCase,
     Problem,
+    absent_parts,
     keep_pairs,
     load_case,
     measure_windows,
@@ -62,6 +64,16 @@ UNDERSTANDING_FEATURES = Features(
         "index": Value("int64"),  # in the order of the split, skipped ones counted
     }
 )
+# `dataset.info.description`.
+COLUMNS = """\
+Pairs: source_image and target_image are float32 slices of one grid (mode F) in the unit of source_window and
+target_window, which hold unit (HU, SUV, a.u. or grey level), low and high of the whole volume; source_modality and
+target_modality are T1, T1CE, T2, FLAIR, MRI, CT, CBCT or PET; spacing is mm between slices, rows and columns;
+slice_index counts along axis from the feet up (axial) or from back to front (coronal); mask (body) and lesion are of
+mode 1, so arrays of bool, or None.
+Questions: images are 8-bit grey over the window of their volume, with square pixels; messages are the chat; task is
+CTS, MI or TIA; answer is one of options, and meanings say what each option stands for (slices from the right one,
+modality, or direction); difficulty is easy or hard; index is the place in the order of the split."""
 TASKS = {"understanding": ("CTS", "TIA", "MI"), "cts": ("CTS",), "mi": ("MI",), "tia": ("TIA",)}
 
 
@@ -84,7 +96,7 @@ class SynerMedConfig(datasets.BuilderConfig):
         split_file (`str`, *optional*): A `splits.json` of an earlier build, to use its splits.
         report_dir (`str`, *optional*): Where `splits.json` and `report.jsonl` go; by default into the cache.
         seed, per_case, candidates, descriptions, panels, neighbours, min_gap_mm, difficulty, mix,
-            name_share: Of the tasks; see
+            name_share, listing_share: Of the tasks; see
             [`~synermedgen_hf.data.understanding.TaskSampler`].
         phantom_cases (`int`, defaults to 0): Simulated patients per protocol and split instead of files.
         phantom_slices, phantom_size (`int`): Axial slices per patient (by default the whole region), pixels of the
@@ -110,6 +122,7 @@ class SynerMedConfig(datasets.BuilderConfig):
     difficulty: str = "hard"
     mix: dict[str, float] | None = None
     name_share: float = 0.5
+    listing_share: float = 0.0
     phantom_cases: int = 0
     phantom_slices: int | None = None
     phantom_size: int = 128
@@ -118,10 +131,10 @@ class SynerMedConfig(datasets.BuilderConfig):
         """The name of the cache: options, and names, sizes and times of all files."""
         self.check_options()
         self.find_cases()
-        state = hashlib.sha256(repr([asdict(case) for case in self.cases]).encode())
+        state = hashlib.sha256(repr(self.cases).encode())
         for path in sorted(path for case in self.cases for path in case.paths) + sorted(self.released.values()):
-            for file in belonging(Path(path)):
-                status = file.stat()
+            for file in belonging(path):
+                status = os.stat(file)
                 state.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
         if self.split_file:
             state.update(Path(self.split_file).read_bytes())
@@ -131,6 +144,12 @@ class SynerMedConfig(datasets.BuilderConfig):
         """Raise a `ValueError` for options that cannot be used, before any file is looked at."""
         if self.slice_step < 1 or self.per_case < 1:
             raise ValueError(f"slice_step and per_case must be at least 1, got {self.slice_step} and {self.per_case}.")
+        if isinstance(self.routes, str):
+            self.routes = [self.routes]
+        if not 0 <= self.min_share < 1:
+            raise ValueError(f"min_share must be within [0, 1), got {self.min_share}.")
+        if self.task != "pairs":
+            self.sampler(1, lambda place: None)  # says which option cannot be
         if self.routes is not None:
             if self.task != "pairs":
                 raise ValueError("routes choose pairs; the tasks are made from all modalities of a case.")
@@ -140,6 +159,25 @@ class SynerMedConfig(datasets.BuilderConfig):
                     raise ValueError(f"{route!r} names no route: it is written like MRI-CT or brain/MRI-CT.")
         if self.data_files and set(map(str, self.data_files)) - {"train"}:
             raise ValueError("Splits are made here, by patient: pass data_files as files, not by split.")
+
+    def sampler(self, n_cases: int, load) -> TaskSampler:
+        """The tasks over a table of cases."""
+        return TaskSampler(
+            n_cases,
+            load,
+            tasks=TASKS[self.task],
+            seed=self.seed,
+            per_case=self.per_case,
+            candidates=self.candidates,
+            descriptions=self.descriptions,
+            panels=self.panels,
+            neighbours=self.neighbours,
+            min_gap_mm=self.min_gap_mm,
+            difficulty=self.difficulty,
+            mix=self.mix,
+            name_share=self.name_share,
+            listing_share=self.listing_share,
+        )
 
     def find_cases(self):
         """Look for cases by name, or say what to pass."""
@@ -157,13 +195,19 @@ class SynerMedConfig(datasets.BuilderConfig):
         for root in roots:
             for folder in [Path(root), *(sorted(Path(root).iterdir()) if Path(root).is_dir() else [])]:
                 self.released = self.released or find_released(folder)
+        found: dict[str, CaseRecord] = {}
         for root in roots:
             # A released file named by itself is no manifest.
             cases, problems = scan(root) if not self.released or Path(root).is_dir() else ([], [])
-            self.cases += cases
             self.problems += problems
+            for case in cases:
+                if case.name in found:
+                    reason = "a case of this name was found already; the first one counts"
+                    self.problems.append(Problem("skipped", case.name, root, reason))
+                found.setdefault(case.name, case)
+        self.cases = list(found.values())
         self.cases, more = keep_pairs(self.cases)
-        self.problems += more
+        self.problems += more + absent_parts(self.cases)
         if self.released and self.cases:
             reason = (
                 f"{len(self.cases)} cases of scans beside the authors' released files; name their own folder to read"
@@ -176,9 +220,13 @@ class SynerMedConfig(datasets.BuilderConfig):
         if self.released:
             return
         if not self.cases:
-            manifest = next((Path(roots[0], name) for name in MANIFESTS if Path(roots[0], name).exists()), None)
-            empty = "the folder is empty" if Path(roots[0]).is_dir() else "it holds no case"
-            empty = f"{manifest} holds no case" if manifest else empty
+            inside = list(Path(roots[0]).glob("*")) if Path(roots[0]).is_dir() else None
+            if inside is None or any(file.name in MANIFESTS for file in inside):
+                empty = "manifest.csv or manifest.jsonl holds no case" if inside else "the manifest holds no case"
+            elif inside:
+                empty = "no volume of a known format; DICOM folders go through a manifest"
+            else:
+                empty = "the folder is empty"
             seen = "; ".join(f"{one.path}: {one.reason}" for one in self.problems[:3]) or empty
             raise ValueError(f"There is no pair of scans below {', '.join(roots)} ({seen}).")
         there = {
@@ -193,15 +241,13 @@ class SynerMedConfig(datasets.BuilderConfig):
             raise ValueError(f"No case has one of the routes {', '.join(self.routes)}; there are {known}.")
 
 
-def belonging(path: Path) -> list[Path]:
+def belonging(path: str) -> list[str]:
     """The files that a path of a volume stands for: slices of a DICOM folder, raw data beside a header."""
-    if not path.exists():
-        return []  # said when the case is read
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.is_file())
-    if path.suffix.lower() in (".mhd", ".nhdr"):
-        return sorted(path.parent.glob(f"{path.stem}.*"))
-    return [path]
+    if os.path.isdir(path):
+        return sorted(str(file) for file in Path(path).iterdir() if file.is_file())
+    if path.lower().endswith((".mhd", ".nhdr")):
+        return sorted(str(file) for file in Path(path).parent.glob(f"{Path(path).stem}.*"))
+    return [path] if os.path.exists(path) else []  # what is not there is said when the case is read
 
 
 def phantom_records(split: str, count: int) -> list[CaseRecord]:
@@ -254,7 +300,7 @@ class SynerMed(datasets.GeneratorBasedBuilder):
 
     def _info(self):
         features = PAIR_FEATURES if self.config.task == "pairs" else UNDERSTANDING_FEATURES
-        return datasets.DatasetInfo(description=self.config.description or "", features=features)
+        return datasets.DatasetInfo(description=f"{self.config.description}\n\n{COLUMNS}", features=features)
 
     def _split_generators(self, dl_manager):
         config = self.config
@@ -265,7 +311,9 @@ class SynerMed(datasets.GeneratorBasedBuilder):
             write_whole(report, "")
         for problem in config.problems:
             add_problem(str(report), problem)
-        self.report_file = report
+        self.report_file, self.said = report, set()
+        if config.released:
+            logger.warning(f"SynerMed: the authors' released files. Report: {folder}")
         common = {"report": str(report)}
         if config.released:
             return [
@@ -275,10 +323,12 @@ class SynerMed(datasets.GeneratorBasedBuilder):
         if config.phantom_cases:
             by_split = {split: phantom_records(split, config.phantom_cases) for split in SPLITS}
         else:
+            assigned = split_patients(config.cases, config.split_ratios, config.split_seed)
             if config.split_file:
-                assigned = read_splits(config.split_file, config.cases)
-            else:
-                assigned = split_patients(config.cases, config.split_ratios, config.split_seed)
+                known = read_splits(config.split_file)
+                if new := sum(patient not in known for patient in assigned):
+                    logger.warning(f"SynerMed: {new} patients are not in {config.split_file} and were split anew.")
+                assigned = {patient: known.get(patient, split) for patient, split in assigned.items()}
             write_splits(folder / "splits.json", assigned, config.split_ratios, config.split_seed)
             by_split = {split: [] for split in SPLITS}
             for case in config.cases:
@@ -313,21 +363,7 @@ class SynerMed(datasets.GeneratorBasedBuilder):
                 if case is not None:
                     yield from pair_rows(case, config.routes, config.slice_step)
             return
-        sampler = TaskSampler(
-            len(table),
-            lambda place: self._load(report, table[place]),
-            tasks=TASKS[config.task],
-            seed=config.seed,
-            per_case=config.per_case,
-            candidates=config.candidates,
-            descriptions=config.descriptions,
-            panels=config.panels,
-            neighbours=config.neighbours,
-            min_gap_mm=config.min_gap_mm,
-            difficulty=config.difficulty,
-            mix=config.mix,
-            name_share=config.name_share,
-        )
+        sampler = config.sampler(len(table), lambda place: self._load(report, table[place]))
         for place in shards:
             reasons: Counter = Counter()
             for index in range(place * config.per_case, (place + 1) * config.per_case):
@@ -366,7 +402,10 @@ class SynerMed(datasets.GeneratorBasedBuilder):
     def _problem(self, report: str, problem: Problem, fatal: bool = True):
         if self.config.strict and problem.kind == "skipped" and fatal:
             raise ValueError(f"{problem.case}: {problem.path}: {problem.reason}".removeprefix(": "))
-        add_problem(report, problem)
+        # A stream is read again and again; what it has said once is known.
+        if problem not in self.said:
+            self.said.add(problem)
+            add_problem(report, problem)
 
     def _download_and_prepare(self, *args, **kwargs):
         super()._download_and_prepare(*args, **kwargs)

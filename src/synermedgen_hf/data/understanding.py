@@ -336,10 +336,15 @@ class TaskSampler:
     def _name(self, case: "_Case", number: int, form: str, ordinal: int, rng: random.Random) -> dict:
         """The question of `pipe.identify`, answered by a name."""
         modality = case.modalities[self._deal("MI/name", ordinal, len(case.modalities))]
-        place, codes = rng.choice(case.slices), list(MODALITY_NAMES)
+        place = rng.choice(case.slices)
+        # What the case could be asked as well, so that no answer is the usual one; an MRI is never told from its
+        # sequences, both being true.
+        codes = [code for code in case.modalities if code == modality or not _clash({code}, {modality})]
+        codes = codes if len(codes) > 1 else list(MODALITY_NAMES)
         names = [MODALITY_NAMES[code] for code in codes]
         picture, route = case.picture(modality, place), f"{case.record.region}/{modality}"
-        return _row(case, [picture], MODALITY_QUESTION, names, codes, codes.index(modality), route, "hard", place)
+        form = _confusion(codes)
+        return _row(case, [picture], MODALITY_QUESTION, names, codes, codes.index(modality), route, form, place)
 
     def _pick_panel(self, case: "_Case", number: int, form: str, ordinal: int, rng: random.Random) -> dict:
         panels = self._choose_panels(case, number, rng)
@@ -384,6 +389,9 @@ class TaskSampler:
         for owner in owners:
             left = list(owner.modalities)
             rng.shuffle(left)
+            # An MRI clashes with all of its sequences: where it would stand alone, they come first.
+            if {*left} - NAMED_SEQUENCES == {"MRI"}:
+                left.sort(key=lambda name: name == "MRI")
             places = rng.sample(owner.slices, min(len(owner.slices), len(left)))
             while left and len(found) < self.panels:
                 # Whatever is easily confused with a panel that is there comes first.
@@ -457,7 +465,13 @@ class _Case:
     def picture(self, modality: str, place: int) -> Image.Image:
         key = (modality, place)
         if key not in self._pictures:
-            self._pictures[key] = to_display(self.loaded.images[modality][place], self.loaded.windows[modality])
+            picture = to_display(self.loaded.images[modality][place], self.loaded.windows[modality])
+            _, rows, columns = self.loaded.spacing
+            if max(rows, columns) > 1.01 * min(rows, columns):  # pixels that are not square would squash the patient
+                pixel = min(rows, columns)
+                size = (round(picture.width * columns / pixel), round(picture.height * rows / pixel))
+                picture = picture.resize(size, Image.Resampling.BILINEAR)
+            self._pictures[key] = picture
         return self._pictures[key]
 
     def tightest(self, n: int, gap: int) -> list[list[int]]:

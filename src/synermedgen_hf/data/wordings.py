@@ -24,9 +24,9 @@ CTS_QUESTIONS = (
     "of them shows the same slice? Answer with its letter.",
     "Image 1: {source}, {region}. Candidates {letters}: {target}. Which candidate has the same slice position as "
     "image 1? Give the letter only.",
-    "Find the {target} partner of the {source} image that comes first: which of {letters} was cut at exactly the same "
+    "Find the {target} partner of the {source} image that comes first: which of {letters} shows exactly the same "
     "place? Reply with one letter.",
-    "One {source} slice is followed by {count} {target} slices ({letters}) from one and the same scan. Which of them "
+    "One {source} slice is followed by {count} {target} slices ({letters}) from a single scan. Which of them "
     "is its counterpart, slice for slice? Letter only.",
     "{letters} are {target} slices of one volume. Pick the one that matches the anatomy of the {source} reference in "
     "front of them, and answer with its letter.",
@@ -37,7 +37,7 @@ MI_QUESTIONS = (
     "The images are panels {letters}. Which panel is {target}? Answer with its letter.",
     "One of the {count} images, {letters}, is {target}. Which one? Give the letter only.",
     "Panels {letters} come from different scanners or sequences. Find the {target} and reply with its letter.",
-    "Among {letters}, which picture was taken by {target}? Letter only.",
+    "Among {letters}, which picture is {target}? Letter only.",
     "Which of the panels {letters} shows {target}? Answer with one letter.",
 )
 LISTING_QUESTIONS = (
@@ -64,15 +64,15 @@ VQA_QUESTIONS = {
 # What stays.
 STAYS = (
     "Anatomy, pose and slice position stay the same.",
-    "Every structure keeps its place, size and outline.",
+    "Every structure that is shown keeps its place and size.",
     "It is still the same slice of the same patient.",
     "Nothing moves: shapes and borders lie where they were.",
 )
 STAYS_OF_REGION = {
     "brain": ("Ventricles, sulci and midline keep their place.", "The folds of the cortex are where they were."),
-    "pelvis": ("Hips, sacrum and bladder keep their place.", "The outline and filling of the organs are unchanged."),
+    "pelvis": ("Hips, sacrum and bladder keep their place.", "The organs lie where they lay before."),
     "whole-body": ("Lungs, liver and spine keep their place.", "Head, trunk and limbs lie as they lay before."),
-    "abdomen": ("Liver, kidneys and spine keep their place.", "The outline and filling of the organs are unchanged."),
+    "abdomen": ("Liver, kidneys and spine keep their place.", "The organs lie where they lay before."),
     "thorax": ("Lungs, heart and spine keep their place.", "Ribs and vessels run where they ran before."),
     "head-neck": ("Jaw, airway and spine keep their place.", "Muscles and vessels run where they ran before."),
     "heart": ("Chambers and heart wall keep their place.", "The thickness of the heart muscle is unchanged."),
@@ -138,7 +138,7 @@ NAMES = {**MODALITY_NAMES, "T1": "T1-weighted MRI without contrast agent"}
 FRAMES = (
     "{Brief_source} becomes {brief_target}.",
     "From {source} to {target}: one now sees {look_target}.",
-    "Only the contrast differs: {look_target}, and no longer {look_source}.",
+    "The appearance differs: {look_target}, and no longer {look_source}.",
     "The first image is {source}, the second {target}.",
     "What was {brief_source} is gone, and the picture shows {look_target}.",
     "{Brief_target} takes the place of {brief_source}.",

@@ -73,12 +73,12 @@ def read_volume(path: str | Path) -> Volume:
     return volume
 
 
-def same_grid(one: Volume, other: Volume, tolerance_mm: float = 1e-3) -> bool:
+def same_grid(one: Volume, other: Volume, tolerance_mm: float = 1e-2) -> bool:
     """Whether every voxel of two volumes lies at the same place."""
     if one.array.shape != other.array.shape:
         return False
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * (*one.array.shape, 1)
-    return bool(np.abs(corners @ (one.affine - other.affine).T).max() <= tolerance_mm * max(one.array.shape))
+    return bool(np.abs(corners @ (one.affine - other.affine).T).max() <= tolerance_mm)
 
 
 def shared_extent(one: Volume, other: Volume) -> float:
@@ -160,7 +160,9 @@ def _read_itk(path: Path) -> Volume:
                 raise ValueError(f"{path} holds {len(series)} DICOM series: name a folder with exactly one.")
             reader = sitk.ImageSeriesReader()
             reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]))
+            reader.MetaDataDictionaryArrayUpdateOn()
             image = reader.Execute()
+            _check_steps(path, reader, image)
         else:
             # Named, since ITK knows endings in small letters only.
             image = sitk.ReadImage(str(path), imageIO=ITK_READERS[extension(path)])
@@ -177,6 +179,22 @@ def _read_itk(path: Path) -> Volume:
     orientation = nibabel.io_orientation(affine)
     affine = affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
     return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)).copy(), affine)
+
+
+def _check_steps(path: Path, reader, image):
+    """Raise a `ValueError` if slices of a DICOM series are missing or doubled: the grid would be stretched."""
+    tag = "0020|0032"  # ImagePositionPatient
+    count = image.GetSize()[2]
+    if count < 3 or not all(reader.HasMetaDataKey(place, tag) for place in range(count)):
+        return
+    places = np.array([[float(x) for x in reader.GetMetaData(place, tag).split("\\")] for place in range(count)])
+    normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
+    steps = np.abs(np.diff(places @ normal))
+    if steps.max() > 1.05 * steps.min() + 1e-3:
+        raise ValueError(
+            f"{path}: the slices of the DICOM series lie {steps.min():.4g} to {steps.max():.4g} mm apart; some are "
+            "missing or doubled."
+        )
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
