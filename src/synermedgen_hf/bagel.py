@@ -872,11 +872,17 @@ def export_bagel(
     """
     source, output = Path(source), Path(output)
     needed = {"model": "config.json", "vae": "config.json", "processor": "tokenizer_config.json"}
+    needed["scheduler"] = "scheduler_config.json"
     if absent := [f"{part}/{file}" for part, file in needed.items() if not (source / part / file).exists()]:
         raise OSError(f"{source} is not the folder of a SynerMedGen pipeline: it lacks {', '.join(absent)}.")
     # 1. Read headers and numbers; every tensor must be there.
     config = SynerMedGenConfig.from_pretrained(source / "model")
     vae_config = read_json(source / "vae" / "config.json")
+    if vae_config.get("norm_num_groups", 32) != 32 or not vae_config.get("mid_block_add_attention", True):
+        raise ValueError(
+            f"{source}: the original layout knows autoencoders with 32 normalisation groups and middle attention only; "
+            "this one cannot be exported."
+        )
     modules = empty_modules(config, vae_config)
     files = {
         "": find_weights(source / "model", None),
@@ -943,7 +949,13 @@ def export_bagel(
     for prefix, module in modules.items():
         torch.nn.Module.to(module, next(iter(stored[prefix].values())).dtype)  # for the report
     table = report.table(modules, checksum=combine_digests(digests)[:16])
-    return f"{table}\nWrote {output}: {len(tensors[''])} model tensors and {len(tensors['vae.'])} of the autoencoder"
+    sampling = read_json(source / "scheduler" / "scheduler_config.json").get("shift", SAMPLING_SHIFT)
+    back = f"--vae-scale {vae_config['scaling_factor']:g} --vae-shift {vae_config.get('shift_factor') or 0:g} "
+    back += f"--timestep-shift {config.timestep_shift:g} --sampling-shift {sampling:g}"
+    return (
+        f"{table}\nWrote {output}: {len(tensors[''])} model tensors and {len(tensors['vae.'])} of the autoencoder\n"
+        f"Not in any of its files, for the way back: {back}"
+    )
 
 
 @dataclass
