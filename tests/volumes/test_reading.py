@@ -20,6 +20,7 @@ from synermedgen_hf.volumes.reading import (
     shared_extent,
     slice_spacing,
     slices_of,
+    stack_axis,
 )
 
 SHAPE = (24, 28, 10)
@@ -451,3 +452,14 @@ def test_resampling_interpolates_linearly_and_fills_what_is_out_of_reach():
 def test_resampling_onto_its_own_grid_changes_nothing(scan):
     result = resample(Volume(scan, AFFINE), Volume(np.zeros(SHAPE), AFFINE), fill=0)
     np.testing.assert_allclose(result.array, scan, atol=1e-2)
+
+
+@pytest.mark.parametrize(("spacing", "axis"), [((1, 1, 8), "axial"), ((1, 8, 1), "coronal"), ((8, 1, 1), "sagittal")])
+def test_a_stack_is_cut_the_way_it_was_acquired(spacing, axis):
+    volume = Volume(np.zeros([{8: 5}.get(side, 20) for side in spacing], np.int16), np.diag([*spacing, 1.0]))
+    assert stack_axis(volume) == axis
+    assert slices_of(volume, axis).shape == (5, 20, 20) and slice_spacing(volume, axis) == (8, 1, 1)
+
+
+def test_a_stack_of_cubes_is_axial():
+    assert stack_axis(Volume(np.zeros((4, 4, 4), np.int16), np.eye(4))) == "axial"

@@ -25,6 +25,7 @@ from ..volumes.reading import (
     shared_extent,
     slice_spacing,
     slices_of,
+    stack_axis,
 )
 
 MODALITIES = tuple(MODALITY_NAMES)
@@ -52,7 +53,7 @@ class CaseRecord:
         case_id (`str`): Unique within the dataset.
         patient_id (`str`): Cases of one patient (time points, studies) share it; splits go by it.
         region (`str`): `"brain"`, `"pelvis"`, `"whole-body"`, `"abdomen"`, `"thorax"`, `"head-neck"`, `"heart"`.
-        axis (`str`): Direction of the slices: `"axial"` or `"coronal"`.
+        axis (`str`): Direction of the slices: `"axial"` or `"coronal"`; a heart's may turn out `"sagittal"` too.
         files (`dict[str, str]`): Modality -> path.
         mask (`str`, *optional*): Path of a mask of the body, inside of which results count.
         lesion (`str`, *optional*): Path of labels of tumours or lesions.
@@ -579,6 +580,8 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
     volumes = {name: _checked(name, path, notes) for name, path in record.files.items()}
     reference = next((name for name in ("PET", "CT") if name in volumes), next(iter(volumes)))
     onto = volumes[reference]
+    if record.region == "heart":  # short-axis stacks lie obliquely, and each differently
+        record = replace(record, axis=stack_axis(onto))
     for name, volume in volumes.items():
         if same_grid(volume, onto):
             continue
@@ -606,7 +609,7 @@ def load_case(record: CaseRecord, min_share: float = 0.02) -> LoadedCase:
     def turned(array):
         return slices_of(Volume(array, onto.affine), record.axis)
 
-    within = (0, 1) if record.axis == "axial" else (0, 2)
+    within = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}[record.axis]
     areas = [np.count_nonzero(body, axis=within) for body in (*bodies.values(), *([] if mask is None else [mask]))]
     frame = np.prod([onto.array.shape[side] for side in within])
     usable = np.min(areas, axis=0) >= min_share * frame

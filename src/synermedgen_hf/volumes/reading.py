@@ -112,17 +112,26 @@ def slices_of(volume: Volume, axis: str) -> np.ndarray:
     Args:
         volume ([`Volume`]): Any.
         axis (`str`): `"axial"`: from the feet up, anterior at the top, the patient's right on the left; `"coronal"`:
-            from back to front, the head at the top, the patient's right on the left.
+            from back to front, the head at the top, the patient's right on the left; `"sagittal"`: from left to right,
+            the head at the top, the front on the left.
     """
     if axis == "axial":
         return volume.array[::-1, ::-1].transpose(2, 1, 0)
+    if axis == "sagittal":
+        return volume.array[:, ::-1, ::-1].transpose(0, 2, 1)
     return volume.array[::-1, :, ::-1].transpose(1, 2, 0)
+
+
+def stack_axis(volume: Volume) -> str:
+    """The direction in which a stack of thick slices was acquired: that of its coarsest voxels."""
+    coarsest = int(np.argmax(np.round(volume.spacing, 3)[::-1]))  # of equal ones, the axial one
+    return ("axial", "coronal", "sagittal")[coarsest]
 
 
 def slice_spacing(volume: Volume, axis: str) -> tuple[float, float, float]:
     """mm between slices, rows and columns of [`slices_of`]."""
     x, y, z = volume.spacing
-    return (z, y, x) if axis == "axial" else (y, z, x)
+    return {"axial": (z, y, x), "coronal": (y, z, x), "sagittal": (x, z, y)}[axis]
 
 
 def _spans_space(affine: np.ndarray) -> bool:
