@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..image_processing_synermedgen import SynerMedGenImageProcessor
-from ..processing_synermedgen import MODALITY_NAMES, REGION_NAMES
+from ..processing_synermedgen import REGION_NAMES
 from ..volumes.reading import (
     Volume,
     extension,
@@ -27,8 +27,8 @@ from ..volumes.reading import (
     slices_of,
     stack_axis,
 )
+from .routes import MODALITIES
 
-MODALITIES = tuple(MODALITY_NAMES)
 AXES = {"whole-body": "coronal"}  # every other region: axial
 # What lies outside of the patient, and above what a voxel belongs to the patient.
 BACKGROUND = {"CT": -1024.0, "CBCT": -1024.0}
@@ -170,7 +170,6 @@ BRATS_ALIASES = {
     **dict.fromkeys(("flair", "fla", "t2f"), "FLAIR"),
     "seg": "seg",
 }
-AUTOPET_FILES = {"suv": "PET", "ctres": "CT", "ct": "CT", "seg": "seg"}
 NNUNET_FILE = re.compile(r"^(fdg|psma)_([^_]+)_(.+)_000([01])$", re.IGNORECASE)
 MYOPS_FILE = re.compile(r"^(myops_(?:training|test)_\d+)_(C0|DE|T2|gd)$", re.IGNORECASE)
 # Balanced SSFP has no name of its own here; late enhancement is a T1-weighted image after contrast.
