@@ -36,7 +36,7 @@ from synermedgen_hf.data.phantom import load_phantom
 from synermedgen_hf.data.routes import ROUTES, Route
 from synermedgen_hf.image_processing_synermedgen import patchify
 from synermedgen_hf.loading_synermedgen import part_of
-from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, make_instruction
+from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, make_instruction, pad_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -183,15 +183,9 @@ def make_batch(pairs: LatentPairs, pipe: SynerMedGenPipeline, args, step: int, p
         latents.append((1 - t) * clean + t * noise)
         timesteps.append(t)
         wanted.append(noise - clean)
-    length = max(len(row.input_ids) for row in rows)
-
-    def pad(values, filler):
-        return torch.tensor([value + [filler] * (length - len(value)) for value in values])
-
-    batch = {
-        "input_ids": pad([row.input_ids for row in rows], config.pad_token_id),
-        "attention_mask": pad([[1] * len(row.input_ids) for row in rows], 0),
-        "position_ids": pad([row.position_ids for row in rows], 0),
+    batch = pad_sequences(config, rows)
+    del batch["labels"]  # no answer is learned here
+    batch |= {
         "latents": torch.cat(latents),
         "latent_grid_hw": torch.tensor([pairs.latent_grid] * len(latents)),
         "timestep": torch.tensor(timesteps),

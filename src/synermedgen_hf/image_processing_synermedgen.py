@@ -150,6 +150,19 @@ def picture_pixels(picture: Image.Image, size: dict[str, int]) -> torch.Tensor:
     return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
 
+def own_window(image: Any) -> tuple[float, float] | None:
+    """The window of an image whose modality is not known: the full range of a grey picture, an array's own range.
+
+    With a window, an image is padded to a square as it is in synthesis. `None` for other pictures, perhaps in colour,
+    which are welcome where nothing is synthesised.
+    """
+    if isinstance(image, Image.Image) and image.mode != "F":
+        return (0.0, 255.0) if image.mode == "L" else None
+    array, is_picture = load_slice(image)
+    low, high = float(array.min()), float(array.max())
+    return None if is_picture else (low, high if low < high else low + 1)
+
+
 def to_display(array: np.ndarray, record_or_window: dict[str, Any] | tuple[float, float]) -> Image.Image:
     """An 8-bit grey picture of a slice: the window spans 0 to 255 linearly, rounded, not truncated.
 
@@ -667,6 +680,7 @@ __all__ = [
     "SliceInputs",
     "SynerMedGenImageProcessor",
     "load_slice",
+    "own_window",
     "patchify",
     "picture_pixels",
     "resize_shape",

@@ -660,7 +660,11 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, image_grid_hw: torch.LongTensor, **kwargs
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grid_hw: torch.LongTensor,
+        image_index: torch.LongTensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         What the transformer reads of images: ViT, connector, position.
@@ -668,16 +672,20 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(patches, patch_size**2 * 3)`): Patches of all images in order.
             image_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Patch rows and columns of each image.
+            image_index (`torch.LongTensor` of shape `(blocks,)`, *optional*): Which image each image block shows, where
+                one is shown several times: it is encoded once. By default every image has one block.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` are the ViT features of all patches, `pooler_output` a
-            list with one `(patches, hidden)` tensor per image.
+            list with one `(patches, hidden)` tensor per block.
         """
         check_count("pixel_values", pixel_values, int(image_grid_hw.prod(1).sum()), "patches in `image_grid_hw`")
         features = self.vision_model(pixel_values, image_grid_hw)
         embeds = self.connector(features)
         embeds = embeds + self.vit_pos_embed(grid_ids(image_grid_hw, self.vit_pos_embed.side, "ViT"))
         per_image = list(embeds.split(image_grid_hw.prod(1).tolist()))
+        if image_index is not None:
+            per_image = [per_image[number] for number in image_index.tolist()]
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=per_image)
 
     def get_latent_features(
@@ -739,6 +747,7 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
         past_key_values: Cache | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_grid_hw: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
         latents: torch.FloatTensor | None = None,
         latent_grid_hw: torch.LongTensor | None = None,
         timestep: torch.FloatTensor | None = None,
@@ -759,7 +768,7 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             past_key_values (`Cache` or `list[Cache]`, *optional*):
                 Earlier context, seen by every new token. A list gives each of as many equal groups of consecutive rows
                 a context of its own length, without padding: the branches of guidance. It is only read.
-            pixel_values, image_grid_hw:
+            pixel_values, image_grid_hw, image_index:
                 See [`~SynerMedGenModel.get_image_features`].
             latents, latent_grid_hw, timestep:
                 See [`~SynerMedGenModel.get_latent_features`]; the blocks of all rows in order, noised ones included.
@@ -814,7 +823,7 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
                 image_features = mm_encoder_outputs["image"].pooler_output
             elif pixel_values is not None:
-                image_features = self.get_image_features(pixel_values, image_grid_hw).pooler_output
+                image_features = self.get_image_features(pixel_values, image_grid_hw, image_index).pooler_output
         latent_features = None
         if latents is not None:
             latent_features = self.get_latent_features(latents, latent_grid_hw, timestep)
@@ -945,6 +954,7 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
         past_key_values: Cache | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_grid_hw: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
         latents: torch.FloatTensor | None = None,
         latent_grid_hw: torch.LongTensor | None = None,
         timestep: torch.FloatTensor | None = None,
@@ -978,6 +988,7 @@ class SynerMedGenForConditionalGeneration(SynerMedGenPreTrainedModel, Generation
             past_key_values=past_key_values,
             pixel_values=pixel_values,
             image_grid_hw=image_grid_hw,
+            image_index=image_index,
             latents=latents,
             latent_grid_hw=latent_grid_hw,
             timestep=timestep,

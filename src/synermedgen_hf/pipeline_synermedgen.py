@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
-from PIL import Image
 from transformers import DynamicCache, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from .hub import HubMixin
-from .image_processing_synermedgen import SliceInputs, load_slice, patchify, to_display, unpatchify
+from .image_processing_synermedgen import SliceInputs, load_slice, own_window, patchify, to_display, unpatchify
 from .processing_synermedgen import (
     MODALITY_NAMES,
     MODALITY_QUESTION,
@@ -130,15 +129,6 @@ def guide_velocity(
 def is_pair(value) -> bool:
     """Whether a value is two real numbers."""
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, Real) for one in value)
-
-
-def own_window(image) -> tuple[float, float] | None:
-    """The range of an array in scanner units whose modality is not known; `None` for a picture."""
-    if isinstance(image, Image.Image) and image.mode != "F":
-        return None  # perhaps in colour, which is welcome where nothing is synthesised
-    array, is_picture = load_slice(image)
-    low, high = float(array.min()), float(array.max())
-    return None if is_picture else (low, high if low < high else low + 1)
 
 
 class SynerMedGenPipeline(HubMixin, DiffusionPipeline):

@@ -6,6 +6,7 @@ token <|vision_end|>`, and blocks simply follow one another. `build_sequence` is
 
 from dataclasses import dataclass
 
+import torch
 from transformers import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
@@ -187,6 +188,31 @@ def build_sequence(tokens, blocks: list[TextBlock | ImageBlock]) -> BlockSequenc
     return sequence
 
 
+def pad_sequences(tokens, sequences: list[BlockSequence]) -> dict[str, torch.Tensor]:
+    """
+    Rows of a batch, padded on the right to the longest.
+
+    Args:
+        tokens: As in [`build_sequence`], with `pad_token_id`.
+        sequences (`list[BlockSequence]`): One per row.
+
+    Returns:
+        `dict`: `input_ids`, `attention_mask` (0 at padding), `position_ids` and `labels` (-100 where nothing is to be
+        learned), int64 `(rows, longest)`.
+    """
+    longest = max(len(sequence.input_ids) for sequence in sequences)
+
+    def pad(rows, filler):
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+    return {
+        "input_ids": pad([sequence.input_ids for sequence in sequences], tokens.pad_token_id),
+        "attention_mask": pad([[1] * len(sequence.input_ids) for sequence in sequences], 0),
+        "position_ids": pad([sequence.position_ids for sequence in sequences], 0),
+        "labels": pad([sequence.labels for sequence in sequences], -100),
+    }
+
+
 class SynerMedGenProcessor(ProcessorMixin):
     r"""
     Tokenizer and image processor in one.
@@ -231,4 +257,12 @@ AutoImageProcessor.register(
 )
 SynerMedGenProcessor.register_for_auto_class()
 
-__all__ = ["SynerMedGenProcessor", "BlockSequence", "ImageBlock", "TextBlock", "build_sequence", "make_instruction"]
+__all__ = [
+    "SynerMedGenProcessor",
+    "BlockSequence",
+    "ImageBlock",
+    "TextBlock",
+    "build_sequence",
+    "make_instruction",
+    "pad_sequences",
+]

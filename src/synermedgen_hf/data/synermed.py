@@ -49,7 +49,7 @@ UNDERSTANDING_FEATURES = Features(
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
         ),
-        "task": Value("string"),  # CTS, MI or TIA
+        "task": Value("string"),  # CTS, MI, TIA or VQA
         "question": Value("string"),
         "options": List(Value("string")),
         "meanings": List(Value("string")),  # what each option stands for: slice offset, modality, or direction
@@ -72,9 +72,9 @@ target_modality are T1, T1CE, T2, FLAIR, MRI, CT, CBCT or PET; spacing is mm bet
 slice_index counts along axis from the feet up (axial) or from back to front (coronal); mask (body) and lesion are of
 mode 1, so arrays of bool, or None.
 Questions: images are 8-bit grey over the window of their volume, with square pixels; messages are the chat; task is
-CTS, MI or TIA; answer is one of options, and meanings say what each option stands for (slices from the right one,
+CTS, MI, TIA or VQA; answer is one of options, and meanings say what each option stands for (slices from the right one,
 modality, or direction); difficulty is easy or hard; index is the place in the order of the split."""
-TASKS = {"understanding": ("CTS", "TIA", "MI"), "cts": ("CTS",), "mi": ("MI",), "tia": ("TIA",)}
+TASKS = {"understanding": ("CTS", "TIA", "MI"), "cts": ("CTS",), "mi": ("MI",), "tia": ("TIA",), "vqa": ("VQA",)}
 
 
 @dataclass
@@ -83,8 +83,9 @@ class SynerMedConfig(datasets.BuilderConfig):
     Options of `load_dataset("synermed", name, ...)`.
 
     Args:
-        name (`str`): `"pairs"` (default), `"understanding"` (all three tasks), `"cts"`, `"mi"`, `"tia"`, `"phantom"`
-            (pairs of simulated patients).
+        name (`str`): `"pairs"` (default), `"understanding"` (all three tasks, or those of `mix`), `"cts"`, `"mi"`,
+            `"tia"`, `"vqa"` (a control: ordinary questions on the same images), `"phantom"` (pairs of simulated
+            patients).
         data_dir (`str`): A dataset's root or a folder of several; known layouts are listed in
             [`~synermedgen_hf.data.sources.scan`]. Or `data_files="manifest.csv"` for own data.
         strict (`bool`, defaults to `False`): Raise for the first bad case instead of skipping it.
@@ -98,7 +99,8 @@ class SynerMedConfig(datasets.BuilderConfig):
         seed, per_case, candidates, descriptions, panels, neighbours, min_gap_mm, difficulty, mix,
             name_share, listing_share: Of the tasks; see
             [`~synermedgen_hf.data.understanding.TaskSampler`].
-        phantom_cases (`int`, defaults to 0): Simulated patients per protocol and split instead of files.
+        phantom_cases (`int` or `list[int]`, defaults to 0): Simulated patients per protocol instead of files, in each
+            split, or in training, validation and test.
         phantom_slices, phantom_size (`int`): Axial slices per patient (by default the whole region), pixels of the
             longer side.
     """
@@ -123,7 +125,7 @@ class SynerMedConfig(datasets.BuilderConfig):
     mix: dict[str, float] | None = None
     name_share: float = 0.5
     listing_share: float = 0.0
-    phantom_cases: int = 0
+    phantom_cases: int | list[int] = 0
     phantom_slices: int | None = None
     phantom_size: int = 128
 
@@ -146,6 +148,10 @@ class SynerMedConfig(datasets.BuilderConfig):
             raise ValueError(f"slice_step and per_case must be at least 1, got {self.slice_step} and {self.per_case}.")
         if isinstance(self.routes, str):
             self.routes = [self.routes]
+        if isinstance(self.phantom_cases, int):
+            self.phantom_cases = [self.phantom_cases] * len(SPLITS)
+        if len(self.phantom_cases) != len(SPLITS) or min(self.phantom_cases) < 0:
+            raise ValueError(f"phantom_cases must be one number, or one for each of {', '.join(SPLITS)}.")
         if not 0 <= self.min_share < 1:
             raise ValueError(f"min_share must be within [0, 1), got {self.min_share}.")
         if self.task != "pairs":
@@ -165,7 +171,7 @@ class SynerMedConfig(datasets.BuilderConfig):
         return TaskSampler(
             n_cases,
             load,
-            tasks=TASKS[self.task],
+            tasks=tuple(self.mix) if self.mix and self.task == "understanding" else TASKS[self.task],
             seed=self.seed,
             per_case=self.per_case,
             candidates=self.candidates,
@@ -182,7 +188,7 @@ class SynerMedConfig(datasets.BuilderConfig):
     def find_cases(self):
         """Look for cases by name, or say what to pass."""
         self.cases, self.problems, self.released = [], [], {}
-        if self.phantom_cases:
+        if any(self.phantom_cases):
             return
         files = [str(file) for split in (self.data_files or {}).values() for file in split]
         roots = files or ([str(self.data_dir)] if self.data_dir else [])
@@ -292,6 +298,7 @@ class SynerMed(datasets.GeneratorBasedBuilder):
         SynerMedConfig(name="cts", task="cts", description="Which slice belongs to this one"),
         SynerMedConfig(name="mi", task="mi", description="Which modality is it"),
         SynerMedConfig(name="tia", task="tia", description="What does the change of modality change"),
+        SynerMedConfig(name="vqa", task="vqa", description="A control: ordinary questions on the same images"),
         SynerMedConfig(name="phantom", phantom_cases=4, description="Pairs of simulated patients"),
     ]
     DEFAULT_CONFIG_NAME = "pairs"
@@ -320,8 +327,10 @@ class SynerMed(datasets.GeneratorBasedBuilder):
                 datasets.SplitGenerator(name, {"shards": shards, "split": name, **common})
                 for name, shards in released_shards(config.released, config.task).items()
             ]
-        if config.phantom_cases:
-            by_split = {split: phantom_records(split, config.phantom_cases) for split in SPLITS}
+        if any(config.phantom_cases):
+            by_split = {
+                split: phantom_records(split, count) for split, count in zip(SPLITS, config.phantom_cases, strict=True)
+            }
         else:
             assigned = split_patients(config.cases, config.split_ratios, config.split_seed)
             if config.split_file:
@@ -382,7 +391,7 @@ class SynerMed(datasets.GeneratorBasedBuilder):
     def _load(self, report: str, record: CaseRecord) -> LoadedCase | None:
         """A case, or `None` with a line in the report."""
         config = self.config
-        if config.phantom_cases:
+        if any(config.phantom_cases):
             return load_phantom_case(record, config.phantom_slices, config.phantom_size)
         try:
             case = load_case(record, config.min_share)

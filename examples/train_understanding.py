@@ -1,0 +1,293 @@
+"""Stage I: teach SynerMedGen which slice belongs to which, what modality an image is, and what a change changes.
+
+    accelerate launch examples/train_understanding.py \\
+        --model_name_or_path runs/bagel --dataset_name synermed --data_dir /data/SynthRAD2023 --output_dir runs/stage1
+
+    python examples/train_understanding.py --config examples/recipes/understanding_tiny.yaml
+
+Arguments are TRL's (`SFTConfig`, `ModelConfig`, `ScriptArguments`) and those of [`UnderstandingArguments`]; a recipe
+is a YAML file of them. Every sample is some images, a question and its answer; the loss is the cross entropy of the
+answer's tokens.
+
+* The understanding expert, ViT, connector, embeddings and `lm_head` are trained. The generation expert is frozen and
+  its checksum is compared before and after. Always the full model: Stage II goes on from `OUTPUT_DIR/pipeline`.
+* With `--use_peft`, LoRA adapters on the understanding expert are all that is trained.
+* `--train_sampling_strategy group_by_length` makes batches of rows of about one length. A picture that occurs several
+  times in a batch is encoded once.
+* Rows are checked before the first step: pictures, answers, and length against the context.
+* `--resume_from_checkpoint latest` goes on from the newest checkpoint that is whole, to the same losses.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset, Image, List, load_dataset
+from synermedgen_hf.metrics.understanding import answer_questions
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, set_seed
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from synermedgen_hf import SynerMedGenPipeline
+from synermedgen_hf.data.collating import QuestionCollator, check_question
+from synermedgen_hf.data.synermed import TASKS
+from synermedgen_hf.data.understanding import DEFAULT_MIX
+from synermedgen_hf.loading_synermedgen import part_of, weights_checksum
+
+logger = get_logger(__name__)
+
+NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use."
+# Full paths: names alone would also hit the ViT.
+UNDERSTANDING_EXPERT = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
+
+@dataclass
+class UnderstandingArguments(ScriptArguments):
+    """
+    Which questions are asked. All but the first three are options of `load_dataset("synermed", ...)`.
+    """
+
+    dataset_name: str = field(default="synermed", metadata={"help": '"synermed", or a Hub dataset with its columns.'})
+    dataset_config: str = field(
+        default="understanding", metadata={"help": "understanding, cts, mi, tia, or the control: vqa."}
+    )
+    dataset_test_split: str = field(default="validation", metadata={"help": "Split of the questions asked meanwhile."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of scans, or of the released SynerMed files."})
+    phantom_cases: list[int] | None = field(
+        default=None,
+        metadata={"help": "Simulated patients per protocol instead of --data_dir: training, validation, test."},
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "A subset of CTS, TIA, MI and VQA; by default CTS, TIA and MI."}
+    )
+    task_shares: list[float] | None = field(
+        default=None, metadata={"help": "Share of each of --tasks; by default those of the published set."}
+    )
+    negatives: str = field(
+        default="neighbours",
+        metadata={
+            "help": "Wrong candidates of CTS: neighbours of the slice, random slices of the volume, or both by halves.",
+            "choices": ["neighbours", "random", "both"],
+        },
+    )
+    neighbours: int = field(default=8, metadata={"help": "How far neighbours lie, in slices."})
+    min_gap_mm: float = field(default=4.0, metadata={"help": "Smallest distance of two candidates."})
+    per_case: int = field(default=32, metadata={"help": "Questions of each case."})
+    eval_questions: int = field(default=240, metadata={"help": "Held-out questions asked at each evaluation."})
+    allow_missing: list[str] = field(
+        default_factory=list, metadata={"help": "Tensors, or patterns with *, that may start from random numbers."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "With --use_peft: put the adapter into the weights and save a pipeline."}
+    )
+
+
+def load_questions(args: UnderstandingArguments, seed: int, split: str, streaming: bool):
+    """One split of the questions."""
+    options = {"data_dir": args.data_dir} if args.data_dir else {}
+    if args.dataset_name == "synermed":
+        options |= {
+            "difficulty": {"neighbours": "hard", "random": "easy", "both": "mixed"}[args.negatives],
+            "neighbours": args.neighbours,
+            "min_gap_mm": args.min_gap_mm,
+            "per_case": args.per_case,
+            "seed": seed,
+        }
+        if args.phantom_cases:
+            options["phantom_cases"] = args.phantom_cases
+        if args.tasks:
+            shares = args.task_shares or [DEFAULT_MIX.get(task, 1.0) for task in args.tasks]
+            options["mix"] = dict(zip(args.tasks, shares, strict=True))
+    return load_dataset(args.dataset_name, args.dataset_config, split=split, streaming=streaming, **options)
+
+
+def check_questions(dataset, processor, config, max_length: int, split: str):
+    """
+    The data set with a column `length`, once every row is known to be one that can be learned from. A stream is checked
+    as it flows.
+    """
+
+    def length_of(row: dict, number: int) -> int:
+        try:
+            return check_question(processor, config, row, max_length)
+        except (ValueError, KeyError) as error:
+            what = f" ({row['task']} of {row['case_id']})" if "case_id" in row else ""
+            raise ValueError(f"Row {number} of {split}{what} cannot be learned from: {error}.") from error
+
+    missing = {"images", "messages"} - set(dataset.column_names or ())
+    if missing:
+        raise ValueError(
+            f"The data set has no column {' and no '.join(sorted(missing))}: see load_dataset('synermed')."
+        )
+    if not isinstance(dataset, Dataset):
+        return dataset.map(lambda row, number: {"length": length_of(row, number)}, with_indices=True)
+    files = dataset.cast_column("images", List(Image(decode=False)))
+    rows = tqdm(files, desc=f"check {split}", unit="row", disable=not PartialState().is_main_process)
+    return dataset.add_column("length", [length_of(row, number) for number, row in enumerate(rows)])
+
+
+class AskQuestions(TrainerCallback):
+    """
+    Asks held-out questions at each evaluation and logs how many are answered rightly, by task and by route. Processes
+    share the work.
+    """
+
+    def __init__(self, processor, rows: Dataset, batch_size: int):
+        self.processor, self.rows, self.batch_size = processor, rows, batch_size
+        self.trainer = None
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        accelerator = self.trainer.accelerator
+        training = model.training
+        model.eval()
+        # Every process makes as many calls as the others, which sharded weights need.
+        with accelerator.split_between_processes(list(self.rows), apply_padding=True) as mine:
+            records = list(answer_questions(model, self.processor, mine, self.batch_size, generate=False))
+        model.train(training)
+        records = list({record["index"]: record for record in gather_object(records)}.values())
+        self.trainer.log(accuracies(records))
+
+
+def accuracies(records: list[dict]) -> dict[str, float]:
+    """`eval_accuracy/TASK` and `eval_accuracy/TASK/ROUTE`, in per cent."""
+    right: dict[str, list[bool]] = {}
+    for record in records:
+        for key in (record["task"], f"{record['task']}/{record['route']}"):
+            right.setdefault(key, []).append(record["correct"])
+    return {f"eval_accuracy/{key}": 100 * sum(values) / len(values) for key, values in sorted(right.items())}
+
+
+def newest_checkpoint(output_dir: Path) -> str | None:
+    """
+    The newest checkpoint that is whole: its state, which is written last, can be read. One that was being written when
+    a process died or the disk was full is passed over.
+    """
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    for folder in sorted(numbered, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+        except (OSError, ValueError):
+            logger.warning("%s is not whole and is passed over.", folder)
+    return None
+
+
+def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_args: ModelConfig):
+    output_dir = Path(training_args.output_dir)
+    is_main = PartialState().is_main_process
+    resume = training_args.resume_from_checkpoint
+    if resume == "latest":
+        resume = newest_checkpoint(output_dir)
+    elif resume is None and any(output_dir.glob("checkpoint-*")):
+        raise SystemExit(
+            f"{output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or choose "
+            "another --output_dir."
+        )
+
+    # 1. The model, every tensor accounted for.
+    set_seed(training_args.seed)
+    options = {"attn_implementation": model_args.attn_implementation, "revision": model_args.model_revision}
+    if (quantization_config := get_quantization_config(model_args)) is not None:
+        options["quantization_config"] = quantization_config
+    pipe = SynerMedGenPipeline.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype or "float32",
+        allow_missing=script_args.allow_missing,
+        print_report=False,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    model, processor, config = pipe.model, pipe.processor, pipe.model.config
+    if "generation" in config.missing_parts and is_main:
+        logger.warning("There is no generation expert yet: it stays as random numbers, which Stage II has to train.")
+    frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) != "generation")
+    if model_args.use_peft and not model_args.lora_target_modules:
+        model_args.lora_target_modules = UNDERSTANDING_EXPERT
+    peft_config = get_peft_config(model_args)
+    if is_main:
+        print(pipe.load_report.table({"": model, "vae.": pipe.vae}))
+    before = weights_checksum(model, frozen)
+
+    # 2. The questions, every row looked at.
+    max_length = training_args.max_length or config.text_config.max_position_embeddings
+    streaming = script_args.dataset_streaming
+    seed = training_args.data_seed or 0
+    with PartialState().main_process_first():
+        train = load_questions(script_args, seed, script_args.dataset_train_split, streaming)
+        train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
+    held_out, callbacks = None, []
+    if training_args.eval_strategy != "no":
+        stream = load_questions(script_args, seed, script_args.dataset_test_split, True)
+        held_out = Dataset.from_list(list(stream.take(script_args.eval_questions)), features=stream.features)
+        held_out = check_questions(held_out, processor, config, max_length, script_args.dataset_test_split)
+        callbacks.append(AskQuestions(processor, held_out, training_args.per_device_eval_batch_size))
+
+    # 3. Train.
+    training_args.max_length = None  # rows are never cut: what is too long has been refused
+    training_args.remove_unused_columns = False  # the sampler reads `length`, the collator takes what it needs
+    publish, training_args.push_to_hub = training_args.push_to_hub, False  # the whole pipeline, at the end
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        data_collator=QuestionCollator(processor, config),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=processor,
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+    for callback in callbacks:
+        callback.trainer = trainer
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise SystemExit("Nothing would be trained: every parameter is frozen. See --lora_target_modules.")
+    trainer.train(resume_from_checkpoint=resume)
+
+    # 4. The generation expert is what it was; the rest is saved for Stage II.
+    accelerator, model = trainer.accelerator, trainer.model
+    if trainer.is_fsdp_enabled:
+        gathered, model = accelerator.get_state_dict(trainer.model_wrapped), type(pipe.model)(config)
+        if is_main:
+            model.load_state_dict(gathered)
+    elif peft_config is not None:
+        trainer.save_model()  # the adapter alone
+        model = model.merge_and_unload() if script_args.merge_adapter else model.get_base_model()
+    if is_main:
+        if before != weights_checksum(model, frozen):
+            raise RuntimeError("The generation expert has changed, which Stage I must never do. Nothing was saved.")
+        print(f"The generation expert is untouched: checksum {before}")
+    if is_main and (peft_config is None or script_args.merge_adapter):
+        pipe.model = model.requires_grad_(True).eval()
+        config.missing_parts = [part for part in config.missing_parts if part not in ("understanding", "vision")]
+        asked = script_args.tasks or TASKS.get(script_args.dataset_config, ())
+        config.trained_tasks = list(dict.fromkeys([*config.trained_tasks, *asked]))
+        simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
+        if script_args.phantom_cases:
+            config.notice = NOTICE
+        source = simulated if script_args.phantom_cases else script_args.data_dir or script_args.dataset_name
+        card = {
+            "training_data": f"Stage I ({', '.join(asked)}) on {Path(source).name}, {trainer.state.max_steps} steps."
+        }
+        pipe.save_pretrained(output_dir / "pipeline", card=card)
+        print(f"Saved {output_dir / 'pipeline'}")
+        if publish:
+            repo_id = training_args.hub_model_id or output_dir.resolve().name
+            private = training_args.hub_private_repo
+            pipe.push_to_hub(repo_id, private=private, token=training_args.hub_token, card=card)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((UnderstandingArguments, SFTConfig, ModelConfig)).parse_args_and_config())
