@@ -98,6 +98,22 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+@torch.no_grad()
+def even_out(model: SynerMedGenForConditionalGeneration):
+    """
+    Random weights by the width of what they read, instead of one deviation for a model of 3,584 columns: the content of
+    a patch is then as loud as its position from the first step on.
+    """
+    layers = model.config.text_config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.normal_(0, 0.5 if name.endswith("embed_tokens") else 0.1)
+        elif isinstance(module, torch.nn.Linear) and name not in ("lm_head", "llm2vae"):
+            module.weight.normal_(0, module.in_features**-0.5)
+            if name.split(".")[-1].startswith(("o_proj", "down_proj", "out_proj")) or name.endswith("mlp.fc2"):
+                module.weight /= (2 * layers) ** 0.5  # sums of many layers stay of one size
+
+
 def main(args):
     set_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.vae)
@@ -156,6 +172,7 @@ def main(args):
         },
     )
     model = SynerMedGenForConditionalGeneration(config)
+    even_out(model)
     pipe = SynerMedGenPipeline(model, processor, vae, FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.save_pretrained(args.output_dir)
     count = sum(p.numel() for p in model.parameters())

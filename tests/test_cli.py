@@ -17,12 +17,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, save_file
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from synermedgen_hf import SynerMedGenConfig, SynerMedGenPipeline, bagel, cli
+from synermedgen_hf import SynerMedGenConfig, SynerMedGenPipeline, bagel, checkpoint_path, cli
 from synermedgen_hf.bagel import convert_bagel
+from synermedgen_hf.data import synermed
+from synermedgen_hf.metrics import understanding
 
 sys.path.append(str(Path(__file__).parent / "parity"))
 from native import write_native  # noqa: E402
@@ -557,3 +560,180 @@ def test_a_pipeline_that_cannot_be_exported(converted, output, tmp_path, spoil, 
 def test_an_original_checkpoint_is_no_pipeline(native, output):
     done = run("export-bagel", native, output)
     check_refused(done, output, ["native is not the folder of a SynerMedGen pipeline"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Understanding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Ten questions on ten patients in the layout of the authors' file."""
+    folder = tmp_path_factory.mktemp("released")
+    lines = []
+    for number in range(10):
+        names = [f"{modality}/Patient{number}_s{number}.png" for modality in ("t1", "t2")]
+        for place, name in enumerate(names):
+            (folder / "slice" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 24), 20 * number + 10 * place).save(folder / "slice" / name)
+        turns = [("human", "<image><image>What changes?"), ("gpt", f"Description {'ABCD'[number % 4]}")]
+        conversations = [{"from": role, "value": value} for role, value in turns]
+        lines.append(json.dumps({"image": names, "conversations": conversations}))
+    (folder / "SynerMed.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def evaluate(questions, tmp_path):
+    """The command on these questions, those of the largest split."""
+
+    def evaluate(*arguments, output=tmp_path / "scores"):
+        options = ["--output", output, "--data-dir", questions, "--config", "tia", "--split", "train", *arguments]
+        return run("evaluate-understanding", *options)
+
+    return evaluate
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_understanding_is_evaluated_question_by_question(evaluate, tmp_path):
+    done = evaluate()
+    assert done.exit_code == 0
+    records, summary = read_lines(tmp_path / "scores" / "cases.jsonl"), read_json(tmp_path / "scores" / "summary.json")
+    assert 4 < len(records) <= 10 and len({record["patient_id"] for record in records}) == len(records)
+    assert all(len(record["probabilities"]) == 4 and isinstance(record["text"], str) for record in records)
+    found = summary["tasks"]["TIA"]
+    assert found["n"] == found["patients"] == len(records) and found["chance"] == 0.25
+    assert found["likelihood"]["accuracy"] == sum(record["correct"] for record in records) / len(records)
+    assert summary["arguments"]["split"] == "train" and summary["arguments"]["text"] is True
+    assert f"| TIA | all | {len(records)} | {len(records)} | 25.0 |" in done.stdout
+    # The bundled weights synthesise; they are scored all the same.
+    assert "Warning: these weights have not been trained on TIA. Expect chance." in done.stderr
+    assert "Patient" not in done.stdout + done.stderr
+
+
+def test_understanding_is_evaluated_on_simulated_patients(tmp_path, monkeypatch):
+    load_phantom_case = synermed.load_phantom_case
+    monkeypatch.setattr(synermed, "PROTOCOLS", {("whole-body", "autopet"): ("CT", "PET")})
+    monkeypatch.setattr(synermed, "load_phantom_case", lambda record, *_: load_phantom_case(record, 12, 32))
+    counts = []
+    for config, difficulty in (("vqa", "hard"), ("cts", "hard"), ("cts", "easy")):
+        output = tmp_path / f"{config}-{difficulty}"
+        options = ["--phantom-cases", 2, "--limit", 3, "--no-text", "--seed", 1]
+        done = run(
+            "evaluate-understanding", "--output", output, "--config", config, "--difficulty", difficulty, *options
+        )
+        assert done.exit_code == 0, done.stderr
+        records = read_lines(output / "cases.jsonl")
+        assert len(records) == 3 and "text" not in records[0]
+        assert {record["task"] for record in records} == {config.upper()}
+        counts.append({record["difficulty"] for record in records})
+    assert counts[1:] == [{"hard"}, {"easy"}]
+
+
+def test_an_evaluation_that_was_interrupted_goes_on(evaluate, tmp_path, monkeypatch):
+    evaluate("--no-text", output=tmp_path / "whole")
+    answer_questions, asked = understanding.answer_questions, []
+
+    def interrupted(model, processor, rows, *args, **kwargs):
+        for number, record in enumerate(answer_questions(model, processor, rows, *args, **kwargs)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield record
+
+    def counted(model, processor, rows, *args, **kwargs):
+        return answer_questions(model, processor, (asked.append(row) or row for row in rows), *args, **kwargs)
+
+    monkeypatch.setattr(understanding, "answer_questions", interrupted)
+    assert evaluate("--no-text").exit_code == 130
+    cases = tmp_path / "scores" / "cases.jsonl"
+    assert len(read_lines(cases)) == 3 and not (tmp_path / "scores" / "summary.json").exists()
+    with open(cases, "a") as file:
+        file.write('{"index": 12, "tas')  # as a process that was killed leaves it
+
+    monkeypatch.setattr(understanding, "answer_questions", counted)
+    done = evaluate("--no-text", "--batch-size", "2")  # no answer depends on it
+    assert done.exit_code == 0
+    whole = read_lines(tmp_path / "whole" / "cases.jsonl")
+    assert len(asked) == len(whole) - 3
+    for record, expected in zip(read_lines(cases), whole, strict=True):
+        assert record["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+        assert {**record, "probabilities": None} == {**expected, "probabilities": None}
+    assert evaluate("--no-text").exit_code == 0 and len(read_lines(cases)) == len(whole)
+
+
+def test_an_evaluation_goes_on_with_a_larger_limit(evaluate, tmp_path):
+    for limit in (2, 5):
+        assert evaluate("--no-text", "--limit", limit).exit_code == 0
+        assert len(read_lines(tmp_path / "scores" / "cases.jsonl")) == limit
+        assert read_json(tmp_path / "scores" / "summary.json")["tasks"]["TIA"]["n"] == limit
+    done = evaluate("--no-text", "--limit", 4)
+    assert done.exit_code == 1 and "holds 5 answers already, more than --limit 4" in done.stderr
+
+
+def test_answers_of_another_evaluation_stay(evaluate, tmp_path):
+    evaluate("--no-text", "--limit", 2)
+    before = contents(tmp_path / "scores")
+    for arguments, says in (
+        (["--seed", 5, "--no-text"], "seed 0 (now 5)"),
+        (["--no-text", "--difficulty", "easy"], "difficulty 'hard' (now 'easy')"),
+        (["--text"], "text False (now True)"),
+        (["--no-text", "--dtype", "bfloat16"], "dtype 'float32' (now 'bfloat16')"),
+    ):
+        done = evaluate(*arguments)
+        assert done.exit_code == 1 and says in done.stderr and "Choose another folder" in done.stderr
+    assert contents(tmp_path / "scores") == before
+
+
+def test_answers_of_other_weights_of_the_same_name_are_not_mixed(evaluate, tmp_path):
+    model = Path(shutil.copytree(checkpoint_path(), tmp_path / "model"))
+    evaluate("--no-text", "--limit", 2, "--model", model)
+    file = model / "model" / "model.safetensors"
+    edit_tensors(file, **{"lm_head.weight": load(file.read_bytes())["lm_head.weight"] + 1})
+    done = evaluate("--no-text", "--limit", 2, "--model", model)
+    assert done.exit_code == 1 and "something else: checksum of the weights" in done.stderr
+
+
+def test_weights_that_cannot_look_or_read_are_not_asked(evaluate, tmp_path):
+    model = Path(shutil.copytree(checkpoint_path(), tmp_path / "model"))
+    edit_json(model / "model" / "config.json", missing_parts=["generation", "vision"])
+    done = evaluate("--model", model)
+    assert done.exit_code == 1 and "came without its vision weights: it cannot answer questions" in done.stderr
+    assert not (tmp_path / "scores").exists()
+
+
+def test_weights_without_a_part_that_only_synthesises_are_asked(evaluate, tmp_path):
+    model = Path(shutil.copytree(checkpoint_path(), tmp_path / "model"))
+    shutil.rmtree(model / "vae")
+    file = model / "model" / "model.safetensors"
+    edit_tensors(file, **{name: None for name in load(file.read_bytes()) if "_moe_gen" in name})
+    edit_json(model / "model" / "config.json", missing_parts=["generation"])
+    for _ in range(2):  # what is missing is random, and different each time
+        assert evaluate("--model", model, "--no-text", "--limit", 1).exit_code == 0
+
+
+def test_weights_that_have_learned_it_are_asked_without_a_warning(evaluate, tmp_path):
+    model = Path(shutil.copytree(checkpoint_path(), tmp_path / "model"))
+    edit_json(model / "model" / "config.json", trained_tasks=["TIA"])
+    done = evaluate("--model", model, "--no-text", "--limit", 1)
+    assert done.exit_code == 0 and "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Pass either --data-dir or --phantom-cases"),
+        (["--data-dir", "here", "--phantom-cases", 1], "Pass either --data-dir or --phantom-cases"),
+        (["--data-dir", "nowhere"], "nowhere"),
+        (["--phantom-cases", 1, "--split", "exam"], "exam"),
+        (["--phantom-cases", 1, "--model", "nowhere/at-all/here"], "There is no folder nowhere/at-all/here"),
+        (["--phantom-cases", 1, "--model", GOLDEN], "is not a SynerMedGen pipeline"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_says_so_before_anything_is_written(tmp_path, arguments, says):
+    done = run("evaluate-understanding", "--output", tmp_path / "scores", *arguments)
+    assert done.exit_code == 1 and says in done.stderr and done.stdout == ""
+    assert not (tmp_path / "scores").exists()

@@ -20,6 +20,13 @@ class Questions(StrEnum):
     cts = "cts"
     mi = "mi"
     tia = "tia"
+    vqa = "vqa"
+
+
+class Difficulty(StrEnum):
+    hard = "hard"
+    easy = "easy"
+    mixed = "mixed"
 
 
 class Dtype(StrEnum):
@@ -211,6 +218,112 @@ def preview(
         return f"Wrote {page} and {output / 'README.md'}"
 
     run(write)
+
+
+@app.command()
+def evaluate_understanding(
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write cases.jsonl (a line for each question) and summary.json to. A run that was "
+            "interrupted goes on where it stopped."
+        ),
+    ],
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of scans, or of the released SynerMed files, as for load_dataset.")
+    ] = None,
+    phantom_cases: Annotated[
+        int | None, typer.Option(min=1, help="Instead of scans, so many simulated patients of each protocol.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+    ] = None,
+    config: Annotated[
+        Questions, typer.Option(help="Which tasks; vqa are ordinary questions, a control.")
+    ] = Questions.understanding,
+    split: Annotated[str, typer.Option(help="Of the patients: train, validation or test.")] = "test",
+    difficulty: Annotated[Difficulty, typer.Option(help="Of the candidates of CTS.")] = Difficulty.hard,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many questions; a later run with more goes on from them.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time; the answers do not depend on it.")] = 16,
+    text: Annotated[
+        bool, typer.Option("--text/--no-text", help="Let the model answer in its own words too, which takes longer.")
+    ] = True,
+    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+):
+    """Score the understanding tasks on held-out patients: accuracy, confusion, calibration. Research use only."""
+
+    def evaluate():
+        if (data_dir is None) == (phantom_cases is None):
+            raise ValueError("Pass either --data-dir or --phantom-cases.")
+        import json
+
+        import torch
+        from datasets import load_dataset_builder
+        from tqdm.auto import tqdm
+        from transformers import AutoConfig, AutoModel, AutoProcessor
+
+        from . import checkpoint_path
+        from .data.splits import write_whole
+        from .data.synermed import TASKS
+        from .hub import check_folder
+        from .loading_synermedgen import PART_PATTERNS, part_of, weights_checksum
+        from .metrics.understanding import CASES, answer_questions, resume_cases, summarise, understanding_table
+
+        scans = {"data_dir": str(data_dir)} if data_dir else {"phantom_cases": phantom_cases}
+        builder = load_dataset_builder("synermed", config.value, seed=seed, difficulty=difficulty.value, **scans)
+        rows = builder.as_streaming_dataset(split=split)
+
+        source = model or checkpoint_path()
+        check_folder(source, {"vae": None, "scheduler": None})  # they are not needed here
+        parts = ("understanding", "vision")  # nor are the others
+        told = AutoConfig.from_pretrained(source, subfolder="model")
+        if missing := [part for part in told.missing_parts if part in parts]:
+            raise ValueError(f"{source} came without its {' and '.join(missing)} weights: it cannot answer questions.")
+        if told.notice:
+            typer.secho(told.notice, err=True)
+        if unlearned := [task for task in TASKS[config.value] if task not in told.trained_tasks]:
+            warning = f"Warning: these weights have not been trained on {', '.join(unlearned)}. Expect chance."
+            typer.secho(warning, err=True, fg=typer.colors.YELLOW)
+        allowed = PART_PATTERNS["generation"] if "generation" in told.missing_parts else ()
+        options = {"dtype": getattr(torch, dtype.value), "allow_missing": allowed, "print_report": False}
+        weights = AutoModel.from_pretrained(source, subfolder="model", **options).eval()
+        processor = AutoProcessor.from_pretrained(source, subfolder="processor")
+
+        asking = [name for name in weights.state_dict() if part_of(name) in parts]
+        arguments = {
+            **scans,
+            "config": config.value,
+            "split": split,
+            "difficulty": difficulty.value,
+            "seed": seed,
+            "text": text,
+            "dtype": dtype.value,
+            "model": str(source),
+            # The same names may come to stand for something else.
+            "checksum of the weights": weights_checksum(weights, asking),
+            "state of the data": f"{builder.config_id}-{builder.hash[:16]}",
+        }
+        records = resume_cases(output, arguments)
+        if limit is not None and len(records) > limit:
+            raise ValueError(f"{output} holds {len(records)} answers already, more than --limit {limit}.")
+        rows = rows.skip(len(records)) if limit is None else rows.take(limit).skip(len(records))
+        weights.to("cuda" if torch.cuda.is_available() else "cpu")
+        answers = answer_questions(weights, processor, rows, batch_size, generate=text)
+        with open(output / CASES, "a", encoding="utf-8") as cases:
+            for record in tqdm(answers, desc=split, unit="question", initial=len(records), total=limit):
+                cases.write(json.dumps(record) + "\n")
+                cases.flush()
+                records.append(record)
+        if not records:
+            raise ValueError(f"There are no questions of {config.value} in the split {split}.")
+        summary = summarise(records)
+        write_whole(output / "summary.json", json.dumps({"arguments": arguments, **summary}, indent=2) + "\n")
+        return f"{understanding_table(summary)}\n\nWrote {output / CASES} and {output / 'summary.json'}"
+
+    run(evaluate)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""How well the model answers and synthesises, with intervals over patients."""
