@@ -2,7 +2,8 @@
 
     python examples/benchmark_understanding.py
 
-Questions on simulated patients, asked of the bundled weights; memory with a wider model of random weights. Runs of one comparison take turns. Seconds belong to one machine; ratios travel.
+Questions on simulated patients, asked of the bundled weights; memory with a wider model of random weights.
+Runs of one comparison take turns. Seconds belong to one machine; ratios travel.
 """
 
 import argparse

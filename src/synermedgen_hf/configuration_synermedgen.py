@@ -76,8 +76,8 @@ class SynerMedGenConfig(PreTrainedConfig):
         bos_token_id, eos_token_id, pad_token_id (`int`):
             `<|im_start|>`, `<|im_end|>` (around every text) and padding.
         trained_tasks (`list[str]`):
-            What this checkpoint has learned to understand, of `"CTS"`, `"MI"`, `"TIA"` and the control `"VQA"`; empty if
-            nothing yet.
+            What this checkpoint has learned to understand, of `"CTS"`, `"MI"`, `"TIA"` and the control `"VQA"`;
+            empty if nothing yet.
         trained_routes (`list[str]`):
             Names of the routes it was trained to synthesise, such as `"brain/MRI-CT"`; empty if unknown, in which
             case no route is refused.
