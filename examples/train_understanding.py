@@ -116,6 +116,8 @@ def load_questions(args: UnderstandingArguments, seed: int, split: str, per_case
             options["phantom_cases"] = args.phantom_cases
         if args.tasks:
             shares = args.task_shares or [DEFAULT_MIX.get(task, 1.0) for task in args.tasks]
+            if len(shares) != len(args.tasks):
+                raise ValueError(f"--task_shares has {len(shares)} numbers for {len(args.tasks)} --tasks.")
             options["mix"] = dict(zip(args.tasks, shares, strict=True))
     return load_dataset(args.dataset_name, args.dataset_config, split=split, **how, **options)
 
@@ -129,7 +131,7 @@ def check_questions(dataset, processor, config, max_length: int, split: str):
     def length_of(row: dict, number: int) -> int:
         try:
             return check_question(processor, config, row, max_length)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             what = f" ({row['task']})" if "task" in row else ""  # patients are not named: errors end up in logs
             raise ValueError(f"Row {number} of {split}{what} cannot be learned from: {error}.") from error
 
@@ -153,7 +155,7 @@ class AskQuestions(TrainerCallback):
 
     def __init__(self, processor, rows: Dataset, batch_size: int):
         # Answers in free words have no options to choose from.
-        self.rows = [row for row in rows if row["options"]]
+        self.rows = [row for row in rows if row.get("options")]
         self.processor, self.batch_size = processor, batch_size
         self.trainer = None
 
@@ -218,7 +220,9 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     resume = training_args.resume_from_checkpoint
     if resume == "latest":
         resume = newest_checkpoint(output_dir)
-    elif resume is None and any(output_dir.glob("checkpoint-*")):
+    elif resume is None and any(
+        any(output_dir.glob(name)) for name in ("checkpoint-*", "pipeline", "adapter_model.safetensors")
+    ):
         raise SystemExit(
             f"{output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or choose "
             "another --output_dir."
@@ -241,7 +245,8 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         logger.warning("There is no generation expert yet: it stays as random numbers, which Stage II has to train.")
     frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) != "generation")
+        parameter.requires_grad_(part_of(name) != "generation" and not model_args.use_peft)
+    pipe.vae.requires_grad_(False)
     if model_args.use_peft and not model_args.lora_target_modules:
         model_args.lora_target_modules = UNDERSTANDING_EXPERT
     peft_config = get_peft_config(model_args)
@@ -256,6 +261,11 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     with PartialState().main_process_first():
         train = load_questions(script_args, seed, script_args.dataset_train_split, script_args.per_case, **how)
         train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
+    asked = script_args.tasks or TASKS.get(script_args.dataset_config, ())
+    if script_args.dataset_name != "synermed" and isinstance(train, Dataset) and "task" in train.column_names:
+        asked = sorted(set(train["task"]))
+    if script_args.dataset_streaming:
+        train = train.repeat(None)  # processes whose streams end at different times would wait for each other
     held_out, callbacks = None, []
     if training_args.eval_strategy != "no":
         # A few questions on each of many patients.
@@ -283,6 +293,9 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         callback.trainer = trainer
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise SystemExit("Nothing would be trained: every parameter is frozen. See --lora_target_modules.")
+    trained = {part_of(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    if "generation" in trained:
+        raise SystemExit("--lora_target_modules reaches the generation expert, which Stage I must never change.")
     trainer.train(resume_from_checkpoint=resume)
 
     # 4. The generation expert is what it was; the rest is saved for Stage II.
@@ -293,6 +306,9 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
             model.load_state_dict(gathered)
     elif peft_config is not None:
         trainer.save_model()  # the adapter alone
+        if publish and is_main and not script_args.merge_adapter:
+            repo_id = training_args.hub_model_id or output_dir.resolve().name
+            model.push_to_hub(repo_id, private=training_args.hub_private_repo, token=training_args.hub_token)
         model = model.merge_and_unload() if script_args.merge_adapter else model.get_base_model()
     if is_main:
         if before != weights_checksum(model, frozen):
@@ -301,7 +317,6 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if is_main and (peft_config is None or script_args.merge_adapter):
         pipe.model = model.requires_grad_(True).eval()
         config.missing_parts = [part for part in config.missing_parts if part not in ("understanding", "vision")]
-        asked = script_args.tasks or TASKS.get(script_args.dataset_config, ())
         config.trained_tasks = list(dict.fromkeys([*config.trained_tasks, *asked]))
         simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
         if script_args.phantom_cases:

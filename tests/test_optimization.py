@@ -139,7 +139,6 @@ def test_accelerate_sees_one_optimizer(model, accelerator):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="step() does not call the closure it is given")
 def test_a_closure_is_called(model):
     def closure():
         give_gradients(model, 0)

@@ -52,8 +52,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for part in self.parts:
             part.step()
+        return loss
 
 
 __all__ = ["MuonWithAdamW"]

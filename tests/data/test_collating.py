@@ -121,7 +121,6 @@ def test_shorter_rows_are_padded_on_the_right(collate, config, two_turns):
         assert ids[:length].equal(collate([row])["input_ids"][0])
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="question_blocks takes only lists of parts")
 def test_a_message_of_plain_text_is_laid_out_as_the_chat_template_does(collate, processor):
     row = question(noise(28, 28))
     messages = with_images(row)
@@ -178,7 +177,6 @@ def test_pictures_are_the_same_only_if_they_look_the_same(collate):
     assert collate([question(grey, *others, reshaped, grey)])["image_index"].tolist() == [0, 1, 2, 3, 4, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="pictures of mode P are told apart by their indices, without the palette")
 def test_pictures_with_other_palettes_are_others(collate):
     picture = noise(28, 28, mode="RGB").quantize(16)
     inverted = picture.copy()

@@ -23,7 +23,8 @@ def question_blocks(processor, messages: list[dict], grids: list[tuple[int, int]
     """
     blocks, left = [], list(grids)
     for message in messages:
-        for part in message["content"]:
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
                 if not left:
                     raise ValueError(f"the messages have more places for images than images ({len(grids)})")
@@ -88,7 +89,8 @@ class QuestionCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         number_of, pictures, shown = {}, [], []
         for picture in (picture for row in rows for picture in row["images"]):
-            content = (picture.mode, picture.size, picture.tobytes())
+            colours = (picture.getpalette(), picture.info.get("transparency")) if picture.mode == "P" else None
+            content = (picture.mode, picture.size, picture.tobytes(), str(colours))
             if content not in number_of:
                 number_of[content] = len(pictures)
                 pictures.append(picture)
