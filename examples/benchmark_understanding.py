@@ -182,15 +182,16 @@ def memory(args, *_):
 
 def first_step(args, model, processor, rows):
     """From the command to the end of the first step, the questions being cached."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "train_understanding.py"), "--output_dir", folder]
-        command += ["--model_name_or_path", str(args.model or checkpoint_path()), "--report_to", "none"]
-        command += ["--phantom_cases", str(args.patients), "0", "0", "--per_case", "32", "--max_steps", "1"]
-        command += ["--save_strategy", "no", "--per_device_train_batch_size", str(args.batch_size)]
-        seconds = []
-        for _ in range(2):  # the first run fills the cache
+    command = [sys.executable, str(HERE / "train_understanding.py"), "--max_steps", "1", "--report_to", "none"]
+    command += ["--model_name_or_path", str(args.model or checkpoint_path()), "--max_length", "4096"]
+    command += ["--phantom_cases", str(args.patients), "0", "0", "--per_device_train_batch_size", str(args.batch_size)]
+    command += ["--save_strategy", "no", "--bf16", "False", "--use_cpu", str(not torch.cuda.is_available())]
+    seconds = []
+    for _ in range(2):  # the first run fills the cache
+        with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            output = ["--output_dir", folder]
+            subprocess.run(command + output, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             seconds.append(time.perf_counter() - start)
     imports = [sys.executable, "-c", "import trl, synermedgen_hf; from trl import SFTTrainer"]
     start = time.perf_counter()

@@ -56,7 +56,7 @@ UNDERSTANDING_EXPERT = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_
 @dataclass
 class UnderstandingArguments(ScriptArguments):
     """
-    Which questions are asked. All but the first three are options of `load_dataset("synermed", ...)`.
+    Which questions are asked of what, and what TRL has no argument for.
     """
 
     dataset_name: str = field(default="synermed", metadata={"help": '"synermed", or a Hub dataset with its columns.'})
@@ -92,8 +92,8 @@ class UnderstandingArguments(ScriptArguments):
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Train the matrices of the layers with Muon at this rate, such as 0.02, and the rest with AdamW: a "
-            "small model from random weights learns to compare images several times faster."
+            "help": "Train the matrices of the layers with Muon at this rate, such as 0.02, and the rest with AdamW: "
+            "for small models from random weights. Needs torch 2.9."
         },
     )
     merge_adapter: bool = field(

@@ -104,22 +104,31 @@ def model(config):
     return model
 
 
+@pytest.fixture(scope="session")
+def make_vae():
+    """Makes small autoencoders."""
+
+    def make():
+        return AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[8, 8, 8, 8],
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.5,
+            shift_factor=0.1,
+        ).eval()
+
+    return make
+
+
 @pytest.fixture
-def pipe(model, processor):
+def pipe(model, processor, make_vae):
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8, 8, 8, 8],
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    ).eval()
-    pipe = SynerMedGenPipeline(model, processor, vae, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe = SynerMedGenPipeline(model, processor, make_vae(), FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

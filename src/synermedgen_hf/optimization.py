@@ -1,8 +1,7 @@
 """Muon for the matrices of the layers, AdamW for everything else, as one optimizer.
 
-Small transformers learn to compare images several times faster with Muon (Jordan 2024,
-https://kellerjordan.github.io/posts/muon) than with AdamW. It is made for the matrices inside the layers; embeddings,
-heads, norms and biases want AdamW.
+For small models that start from random weights. Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) is made
+for the matrices inside the layers; embeddings, heads, norms and biases want AdamW.
 """
 
 import torch
