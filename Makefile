@@ -69,6 +69,7 @@ benchmark: $(INSTALLED)
 	$(PY) examples/benchmark.py
 	$(PY) examples/benchmark_checkpoints.py
 	$(PY) examples/benchmark_data.py
+	$(PY) examples/benchmark_understanding.py
 
 # The script calls `python`.
 train-tiny: $(INSTALLED)

@@ -24,15 +24,6 @@ from synermedgen_hf import (
     SynerMedGenPipeline,
     SynerMedGenProcessor,
 )
-from synermedgen_hf.data.routes import ROUTES
-from synermedgen_hf.data.wordings import (
-    CTS_QUESTIONS,
-    MI_QUESTIONS,
-    TIA_QUESTIONS,
-    VQA_QUESTIONS,
-    describe,
-    region_name,
-)
 from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, MODALITY_QUESTION, make_instruction
 
 SPECIAL_TOKENS = [
@@ -57,32 +48,32 @@ def parse_args(argv=None):
     parser.add_argument("--num_hidden_layers", type=int, default=5)
     parser.add_argument("--vit_hidden_size", type=int, default=128)
     parser.add_argument("--vit_layers", type=int, default=2)
-    parser.add_argument("--vit_patch_size", type=int, default=24)
-    parser.add_argument("--vocab_size", type=int, default=640)
+    parser.add_argument("--vocab_size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE like Qwen2.5's, with the same special tokens, learned on the sentences the model meets."""
-    regions, names = [None, *REGIONS], list(MODALITY_NAMES)
+    regions = [None, *REGIONS]
     sentences = [
         make_instruction(source, target, region)
-        for source, target, region in itertools.product(names, names, regions)
+        for source, target, region in itertools.product(MODALITY_NAMES, MODALITY_NAMES, regions)
         if source != target
     ]
     sentences += [
         make_instruction([one, other], "T2", region)
-        for one, other, region in itertools.product(names, names, regions)
+        for one, other, region in itertools.product(MODALITY_NAMES, MODALITY_NAMES, regions)
         if one != other
     ]
-    for route in ROUTES:
-        words = {"source": MODALITY_NAMES[route.source], "target": MODALITY_NAMES[route.target]}
-        words |= {"region": region_name(route.region), "letters": "A to D", "count": 4}
-        sentences += [question.format(**words) for question in (*CTS_QUESTIONS, *MI_QUESTIONS)] * 4
-        sentences += describe(route.source, route.target, route.region) * 4
-    sentences += [MODALITY_QUESTION, *VQA_QUESTIONS.values(), *MODALITY_NAMES.values()] * 20
-    sentences += [f"{question}\nA.\nB.\nC.\nD." for question in TIA_QUESTIONS] * 20
+    sentences += [MODALITY_QUESTION, *MODALITY_NAMES.values()] * 20
+    sentences += [
+        "Option A",
+        "Option B",
+        "Option C",
+        "Option D",
+        "Which of the images A, B, C and D shows the same slice?",
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,27 +89,11 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-@torch.no_grad()
-def even_out(model: SynerMedGenForConditionalGeneration):
-    """
-    Random weights by the width of what they read, instead of one deviation for a model of 3,584 columns: the content of
-    a patch is then as loud as its position from the first step on.
-    """
-    layers = model.config.text_config.num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.normal_(0, 0.5 if name.endswith("embed_tokens") else 0.1)
-        elif isinstance(module, torch.nn.Linear) and name not in ("lm_head", "llm2vae"):
-            module.weight.normal_(0, module.in_features**-0.5)
-            if name.split(".")[-1].startswith(("o_proj", "down_proj", "out_proj")) or name.endswith("mlp.fc2"):
-                module.weight /= (2 * layers) ** 0.5  # sums of many layers stay of one size
-
-
 def main(args):
     set_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.vae)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_patch, vit_patch, vit_side = 16 // scale, args.vit_patch_size, 96
+    latent_patch, vit_patch, vit_side = 16 // scale, 16, 96
     no_bound = 14112 * 128
     image_processor = SynerMedGenImageProcessor(
         vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": no_bound},
@@ -172,7 +147,6 @@ def main(args):
         },
     )
     model = SynerMedGenForConditionalGeneration(config)
-    even_out(model)
     pipe = SynerMedGenPipeline(model, processor, vae, FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.save_pretrained(args.output_dir)
     count = sum(p.numel() for p in model.parameters())

@@ -27,7 +27,7 @@ from synermedgen_hf.data import synermed
 from synermedgen_hf.data.splits import read_report, read_splits
 from synermedgen_hf.data.synermed import PAIR_FEATURES, UNDERSTANDING_FEATURES
 
-CONFIGS = ["pairs", "understanding", "cts", "mi", "tia", "phantom"]
+CONFIGS = ["pairs", "understanding", "cts", "mi", "tia", "vqa", "phantom"]
 SPLITS = {"split_ratios": (0.5, 0.25, 0.25)}  # few patients, and some for each
 FEW = {"slice_step": 3, **SPLITS}
 
@@ -848,3 +848,20 @@ def test_nothing_of_a_build_lands_beside_the_data(root, built):
     suffixes = {"".join(path.suffixes) for path in Path(root).rglob("*") if path.is_file()}
     assert suffixes == {".nii.gz"}
     assert datasets.config.HF_DATASETS_CACHE is not None
+
+
+def test_simulated_patients_can_be_counted_by_split_and_tasks_chosen_by_their_mix():
+    options = {"phantom_cases": [1, 0, 1], "phantom_slices": 8, "phantom_size": 32, "per_case": 8, "neighbours": 8}
+    built = load_dataset("synermed", "understanding", mix={"MI": 0.5, "VQA": 0.5}, streaming=True, **options)
+    assert set(built) == {"train", "test"}
+    assert {row["task"] for row in built["test"]} == {"MI", "VQA"}
+    with pytest.raises(ValueError, match="one number, or one for each of train, validation, test"):
+        load_dataset("synermed", "phantom", phantom_cases=[1, 2])
+
+
+def test_the_control_asks_ordinary_questions():
+    options = {"phantom_cases": [1, 0, 0], "phantom_slices": 8, "phantom_size": 32, "per_case": 8}
+    rows = list(load_dataset("synermed", "vqa", split="train", streaming=True, **options))
+    assert rows and {row["task"] for row in rows} == {"VQA"}
+    assert {"region", "plane"} <= {row["route"].split("/")[1] for row in rows}
+    assert all(row["answer"] in row["options"] for row in rows)
