@@ -84,6 +84,9 @@ class UnderstandingArguments(ScriptArguments):
     )
     neighbours: int = field(default=8, metadata={"help": "How far neighbours lie, in slices."})
     min_gap_mm: float = field(default=4.0, metadata={"help": "Smallest distance of two candidates."})
+    label_images: bool = field(
+        default=False, metadata={"help": "Write before each image what the question calls it; helps small models."}
+    )
     per_case: int = field(default=32, metadata={"help": "Questions of each case."})
     eval_questions: int = field(default=240, metadata={"help": "Held-out questions asked at each evaluation."})
     allow_missing: list[str] = field(
@@ -109,6 +112,7 @@ def load_questions(args: UnderstandingArguments, seed: int, split: str, per_case
             "difficulty": {"neighbours": "hard", "random": "easy", "both": "mixed"}[args.negatives],
             "neighbours": args.neighbours,
             "min_gap_mm": args.min_gap_mm,
+            "label_images": args.label_images,
             "per_case": per_case,
             "seed": seed,
         }

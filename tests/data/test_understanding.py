@@ -215,6 +215,23 @@ def test_subsets_of_the_tasks_and_other_shares():
     }
 
 
+def test_images_can_be_labelled_and_nothing_else_changes():
+    def draw(**options):
+        cases = [made_case(["T1", "T1CE", "T2", "FLAIR"], name=name) for name in ("one", "two")]
+        return [row for row in TaskSampler(2, Table(*cases), per_case=40, seed=5, listing_share=0.2, **options)]
+
+    said = set()
+    for plain, labelled in zip(draw(), draw(label_images=True), strict=True):
+        content, question = labelled["messages"][0]["content"], {"type": "text", "text": plain["question"]}
+        labels = [part["text"] for part in content if part["type"] == "text"][:-1]
+        assert content[-1] == question
+        assert [part["type"] for part in content[:-1]] == ["text", "image"] * len(labels) or len(plain["images"]) == 1
+        said.add((plain["task"], len(plain["images"]), "".join(labels)))
+        labelled["messages"][0]["content"] = [{"type": "image"} for _ in plain["images"]] + [question]
+        assert frozen(labelled) == frozen(plain)
+    assert said == {("CTS", 5, "1ABCD"), ("TIA", 2, "12"), ("MI", 4, "ABCD"), ("MI", 1, "")}
+
+
 def test_letters_are_dealt_evenly(rows):
     for task in ("CTS", "TIA", "MI"):
         by_size = {}

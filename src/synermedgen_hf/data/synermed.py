@@ -97,7 +97,7 @@ class SynerMedConfig(datasets.BuilderConfig):
         split_file (`str`, *optional*): A `splits.json` of an earlier build, to use its splits.
         report_dir (`str`, *optional*): Where `splits.json` and `report.jsonl` go; by default into the cache.
         seed, per_case, candidates, descriptions, panels, neighbours, min_gap_mm, difficulty, mix,
-            name_share, listing_share: Of the tasks; see
+            name_share, listing_share, label_images: Of the tasks; see
             [`~synermedgen_hf.data.understanding.TaskSampler`].
         phantom_cases (`int` or `list[int]`, defaults to 0): Simulated patients per protocol instead of files, in each
             split, or in training, validation and test.
@@ -125,6 +125,7 @@ class SynerMedConfig(datasets.BuilderConfig):
     mix: dict[str, float] | None = None
     name_share: float = 0.5
     listing_share: float = 0.0
+    label_images: bool = False
     phantom_cases: int | list[int] = 0
     phantom_slices: int | None = None
     phantom_size: int = 128
@@ -183,6 +184,7 @@ class SynerMedConfig(datasets.BuilderConfig):
             mix=self.mix,
             name_share=self.name_share,
             listing_share=self.listing_share,
+            label_images=self.label_images,
         )
 
     def find_cases(self):

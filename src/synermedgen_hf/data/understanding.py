@@ -86,6 +86,9 @@ class TaskSampler:
             `min_gap_mm` apart or as far as it allows; `"mixed"` half of each.
         name_share (`float`, defaults to 0.5): Share of MI with one image and a name as the answer.
         listing_share (`float`, defaults to 0): Share of MI that asks for the modality of every panel.
+        label_images (`bool`, defaults to `False`): Write before each of several images what the question calls it (the
+            letter, or the number of an image without one). The published data has images without labels, so a model
+            has to count them; a small one learns to compare them much sooner if it need not.
 
     Rows are dicts: `images` (8-bit grey PIL pictures over their volumes' windows, of the scan's own size, shared
     between rows), `messages` (a question and its answer as TRL and the chat template take them), `task`, `question`,
@@ -115,6 +118,7 @@ class TaskSampler:
         difficulty: str = "hard",
         name_share: float = 0.5,
         listing_share: float = 0.0,
+        label_images: bool = False,
     ):
         unknown = [task for task in (*tasks, *(mix or ())) if task not in TASKS]
         if unknown or not tasks:
@@ -135,7 +139,7 @@ class TaskSampler:
             raise ValueError(f"name_share and listing_share must be shares, got {name_share} and {listing_share}.")
         self.n_cases, self.load, self.seed, self.per_case = n_cases, load, seed, per_case
         self.candidates, self.descriptions, self.panels = candidates, descriptions, panels
-        self.neighbours, self.min_gap_mm = neighbours, min_gap_mm
+        self.neighbours, self.min_gap_mm, self.label_images = neighbours, min_gap_mm, label_images
 
         mix = mix or {task: DEFAULT_MIX.get(task, 1.0) for task in tasks}
         hard = {"hard": 1.0, "easy": 0.0, "mixed": 0.5}[difficulty]
@@ -250,6 +254,8 @@ class TaskSampler:
             row = make(case, number, form, ordinal, random.Random(f"{self.seed}/{index}"))
         except _CannotServe as reason:
             return None, f"{task}: {reason}"
+        if self.label_images and len(row["images"]) > 1:
+            row["messages"][0]["content"] = _labelled(row["messages"][0]["content"], task)
         return {**row, "task": task, "index": index}, None
 
     # ---- the tasks ----
@@ -529,6 +535,14 @@ def _row(case, pictures, question, options, meanings, answer, route, difficulty,
         "patient_id": record.patient_id,
         "slice_index": place,
     }
+
+
+def _labelled(content: list[dict], task: str) -> list[dict]:
+    """A question with a label before each of its images: numbers for those that are compared, letters for panels."""
+    labels = {"CTS": ["1", *ascii_uppercase], "TIA": ["1", "2"]}.get(task, ascii_uppercase)
+    images, question = content[:-1], content[-1]
+    named = zip(labels, images, strict=False)
+    return [part for label, image in named for part in ({"type": "text", "text": label}, image)] + [question]
 
 
 def _pictures(panels: list[tuple[_Case, str, int]]) -> list[Image.Image]:
