@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from tqdm.auto import tqdm
 
-from synermedgen_hf import ROUTES, SynerMedGenPipeline, checkpoint_path
+from synermedgen_hf import ROUTES, SynerMedGenPipeline, checkpoint_path, metrics
 from synermedgen_hf.data.phantom import load_phantom
 
 
@@ -37,7 +36,7 @@ def parse_args(argv=None):
 
 
 def ssim(made: np.ndarray, wanted: np.ndarray) -> float:
-    return 100 * structural_similarity(made, wanted, data_range=2.0)
+    return 100 * metrics.ssim(made, wanted, data_range=2.0)
 
 
 @torch.no_grad()

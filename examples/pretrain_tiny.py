@@ -24,6 +24,8 @@ import torch
 from accelerate.utils import set_seed
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 from torch.nn.functional import cross_entropy, normalize
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -154,7 +156,7 @@ def compare_batch(model, processor, slices: Slices, count: int, rng) -> dict[str
         blocks = [processor.text_block("1"), ImageBlock("image", slices.grid)]
         shown.append(one + place)
         for right in rng.random(CANDIDATES) < 0.5:
-            blocks += [ImageBlock("image", slices.grid), answers[right]]
+            blocks += [ImageBlock("image", slices.grid), answers[int(right)]]
             shown.append(other + (place if right else rng.choice(apart)))
         sequences.append(build_sequence(model.config, blocks))
     return pad_sequences(model.config, sequences) | slices.pixels(shown)
@@ -209,15 +211,14 @@ def main(args):
 
     temperature = torch.nn.Parameter(torch.tensor(2.3))  # of CLIP: 1 / 0.1, as a logarithm
     eyes = [(name, p) for name, p in model.named_parameters() if part_of(name) == "vision"]
-    train(
-        "contrast",
-        contrast,
-        [*eyes, ("temperature", temperature)],
-        args,
-        args.contrast_steps,
-        args.muon_learning_rate,
-        log,
-    )
+    half_way = args.output_dir / "eyes.safetensors"
+    if half_way.exists():  # of an interrupted run
+        model.load_state_dict(load_tensors(half_way), strict=False)
+    else:
+        trained = [*eyes, ("temperature", temperature)]
+        train("contrast", contrast, trained, args, args.contrast_steps, args.muon_learning_rate, log)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        save_tensors({name: parameter.data for name, parameter in eyes}, half_way)
 
     # What the eyes have learned stays: until comparing works, its gradients would be noise.
     model.requires_grad_(False)
@@ -228,6 +229,7 @@ def main(args):
 
     pipe.model = model.requires_grad_(True).eval()
     pipe.save_pretrained(args.output_dir)
+    half_way.unlink()
     (args.output_dir / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     print(f"Saved {args.output_dir}")
 
