@@ -20,9 +20,14 @@ _HOME = {
     "ROUTES": "data.routes",
     "MODALITIES": "data.routes",
     "REGIONS": "data.routes",
+    "Volume": "volumes.reading",
+    "read_volume": "volumes.reading",
+    "write_volume": "volumes.writing",
+    "synthesize_volume": "volumes.synthesis",
+    "write_synthesis": "volumes.synthesis",
 }
 
-__all__ = ["checkpoint_path", *_HOME]
+__all__ = ["checkpoint_path", "metrics", *_HOME]
 
 
 def checkpoint_path(name: str = "synermedgen-tiny") -> Path:
@@ -35,6 +40,8 @@ def checkpoint_path(name: str = "synermedgen-tiny") -> Path:
 
 
 def __getattr__(name):
+    if name == "metrics":  # a package, lazy itself
+        return import_module(".metrics", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -42,7 +49,7 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})
 
 
 _auto.watch()

@@ -33,6 +33,7 @@ from .processing_synermedgen import (
 )
 
 RESCALE_MODES = ("global", "channel", "text_channel")
+VOLUME_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 
 
 @dataclass
@@ -129,6 +130,15 @@ def guide_velocity(
 def is_pair(value) -> bool:
     """Whether a value is two real numbers."""
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, Real) for one in value)
+
+
+def is_volume(image) -> bool:
+    """Whether an image is a whole scan: a [`~synermedgen_hf.Volume`], the path of one, or a dict of those."""
+    if isinstance(image, dict):
+        return bool(image) and all(map(is_volume, image.values()))
+    if isinstance(image, (str, Path)):
+        return str(image).lower().endswith(VOLUME_ENDINGS) or Path(image).is_dir()
+    return hasattr(image, "affine")
 
 
 class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
@@ -523,7 +533,9 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `dict` or `list` of those):
                 One slice: a picture (8- or 16-bit, its levels spanning the modality's window), a `(height, width)`
                 array in scanner units (HU, SUV, any MR scale) or the path of a picture. A list is a batch. A dict
-                `{"T1": a, "T2": b}` is one case seen by several modalities, on one grid.
+                `{"T1": a, "T2": b}` is one case seen by several modalities, on one grid. Or a whole scan, as a
+                [`~synermedgen_hf.Volume`] or the path of a NIfTI, MHA or NRRD file or of a DICOM folder: it goes
+                through [`~synermedgen_hf.synthesize_volume`], and `images` holds one volume.
             target (`str`):
                 Modality to make: T1, T1CE, T2, FLAIR, MRI, CT, CBCT or PET.
             source (`str`, *optional*):
@@ -570,6 +582,32 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
         Raises:
             `ValueError`: An argument or an image cannot be used; said before any computing.
         """
+        if is_volume(image):
+            sampling = {
+                "prompt": prompt,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "image_guidance_scale": image_guidance_scale,
+                "guidance_interval": guidance_interval,
+                "guidance_rescale": guidance_rescale,
+                "guidance_rescale_min": guidance_rescale_min,
+                "timestep_shift": timestep_shift,
+                "callback_on_step_end": callback_on_step_end,
+            }
+            if generator is not None or window is not None or num_images_per_prompt != 1 or output_type == "latent":
+                raise ValueError(
+                    "A whole scan takes `seed` and its own window: leave generator, window, num_images_per_prompt and "
+                    "output_type out, or use synthesize_volume(..., num_samples=n)."
+                )
+            try:
+                from synermedgen_hf import synthesize_volume
+            except ImportError:
+                raise ImportError("Whole scans need the package: pip install synermedgen-hf.") from None
+            seed = int(torch.randint(2**31, (1,))) if seed is None else seed
+            made = synthesize_volume(self, image, target, source, region, seed=seed, **sampling)
+            images, records = [made.volume], [made.record]
+            return SynerMedGenPipelineOutput(images, records) if return_dict else (images, records)
+
         # 1. Check everything.
         defaults = self.model.config.sampling
         if num_inference_steps is None:

@@ -20,6 +20,20 @@ ITK = tuple(ITK_READERS)
 EXTENSIONS = NIFTI + ITK
 
 
+@dataclass(frozen=True)
+class Grid:
+    """
+    How a file holds its voxels, to write on the same grid again.
+
+    Args:
+        affine (`np.ndarray`): `(4, 4)`, of the file's own axes, to mm in RAS+.
+        orientation (`np.ndarray`): `(3, 2)`, nibabel's: which way each of the file's axes goes.
+    """
+
+    affine: np.ndarray
+    orientation: np.ndarray
+
+
 @dataclass
 class Volume:
     """
@@ -27,10 +41,16 @@ class Volume:
         array (`np.ndarray`): `(x, y, z)`; the axes grow to the patient's right, front and head as nearly as the grid
             allows. float32, or the file's own integers where it needs no scaling.
         affine (`np.ndarray`): `(4, 4)`, voxel index to mm in RAS+.
+        modality (`str`, *optional*): Where the file says it, or a synthesis made it.
+        unit (`str`, *optional*): Of the voxels: HU, SUV or a.u.
+        original ([`Grid`], *optional*): The file's own axes.
     """
 
     array: np.ndarray
     affine: np.ndarray
+    modality: str | None = None
+    unit: str | None = None
+    original: Grid | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -44,7 +64,7 @@ def extension(path: str | Path) -> str:
     return next((ending for ending in sorted(EXTENSIONS, key=len, reverse=True) if name.endswith(ending)), "")
 
 
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, series_uid: str | None = None, modality: str | None = None) -> Volume:
     """
     Read one scan.
 
@@ -70,6 +90,8 @@ def read_volume(path: str | Path) -> Volume:
         raise ValueError(f"{path} has shape {shape}: a volume of three dimensions is needed.")
     if not _spans_space(affine):
         raise ValueError(f"{path} has no usable affine: its axes do not span space.")
+    if modality is not None:
+        volume.modality = modality
     return volume
 
 
@@ -154,7 +176,8 @@ def _read_nifti(path: Path) -> Volume:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} holds {array.dtype}: one real number a voxel is needed.")
     affine = image.affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
-    return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)), affine)
+    original = Grid(image.affine, orientation)
+    return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)), affine, original=original)
 
 
 def _read_itk(path: Path) -> Volume:
@@ -186,8 +209,10 @@ def _read_itk(path: Path) -> Volume:
     affine[:3, 3] = image.GetOrigin()
     affine = np.diag([-1, -1, 1, 1]) @ affine  # LPS to RAS
     orientation = nibabel.io_orientation(affine)
+    original = Grid(affine, orientation)
     affine = affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
-    return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)).copy(), affine)
+    turned = _plain(nibabel.orientations.apply_orientation(array, orientation)).copy()
+    return Volume(turned, affine, original=original)
 
 
 def _check_steps(path: Path, reader, image):
