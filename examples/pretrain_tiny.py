@@ -6,8 +6,9 @@ BAGEL starts from SigLIP2's eyes and Qwen2.5's text. The toy starts from random 
 alone do not take it from there: what is right depends on two images at once, and no single one of them gives a hint.
 Two short trainings on simulated patients stand in for a base.
 
-1. ViT and connector, by contrast: of many slices, which two show the same place in two modalities? (InfoNCE over the
-   mean token of an image, as CLIP does between image and text.)
+1. ViT and connector, by contrast and by name: of many slices, which two show the same place in two modalities (InfoNCE
+   over the mean token of an image, as CLIP does between image and text), and which modality is each? Contrast alone
+   would make all modalities look the same.
 2. The understanding expert, by comparing: one slice, then eight more, and after each of them `yes` or `no`.
 
 Stage I, `examples/train_understanding.py`, goes on from here.
@@ -32,6 +33,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import PHANTOM_VERSION
+from synermedgen_hf.data.routes import MODALITIES
 from synermedgen_hf.data.synermed import load_phantom_case, phantom_records
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.loading_synermedgen import part_of
@@ -51,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--train_cases", type=int, default=60, help="simulated subjects per protocol")
     parser.add_argument("--contrast_steps", type=int, default=1500)
     parser.add_argument("--contrast_volumes", type=int, default=24, help=f"a step, {SLICES} slices of each")
-    parser.add_argument("--compare_steps", type=int, default=600)
+    parser.add_argument("--compare_steps", type=int, default=500)
     parser.add_argument("--compare_batch_size", type=int, default=48)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--muon_learning_rate", type=float, default=0.02, help="of the ViT's matrices, for contrast")
@@ -79,11 +81,14 @@ def display_volume(job) -> dict[str, np.ndarray]:
 
 
 class Slices:
-    """Slices of simulated patients as the ViT reads them: `patches[row]`, and where each volume's rows begin."""
+    """
+    Slices of simulated patients as the ViT reads them: `patches[row]`, `modality[row]` as a number, and where each
+    volume's rows begin.
+    """
 
     def __init__(self, split: str, args, processor):
         jobs = [(record, args.cache_dir) for record in phantom_records(split, args.train_cases)]
-        patches, self.volumes, rows = [], [], 0
+        patches, modality, self.volumes, rows = [], [], [], 0
         with get_context("spawn").Pool(args.num_proc) as pool:
             for volume in tqdm(pool.imap(display_volume, jobs), total=len(jobs), desc="simulate"):
                 gap = max(1, math.ceil(GAP_MM / volume.pop("between_mm").item() - 1e-6))
@@ -91,16 +96,17 @@ class Slices:
                 if count < SLICES * gap:
                     continue
                 first = {}
-                for modality, pictures in volume.items():
+                for name, pictures in volume.items():
                     batch = [Image.fromarray(picture) for picture in pictures]
                     inputs = processor.image_processor.preprocess(batch, window=(0.0, 255.0), return_tensors="pt")
                     # Grey: one of the three channels says it all.
                     patches.append(
                         inputs["pixel_values"].unflatten(1, (-1, 3))[..., 0].half().unflatten(0, (count, -1))
                     )
-                    first[modality], rows = rows, rows + count
+                    modality += [MODALITIES.index(name)] * count
+                    first[name], rows = rows, rows + count
                 self.volumes.append((first, count, gap))
-        self.patches = torch.cat(patches)
+        self.patches, self.modality = torch.cat(patches), torch.tensor(modality)
         side = math.isqrt(self.patches.shape[1])
         self.grid = (side, side)
 
@@ -133,13 +139,17 @@ def contrast_rows(slices: Slices, volumes: int, rng) -> np.ndarray:
     return np.concatenate(chosen, axis=1)
 
 
-def contrast_loss(model, slices: Slices, rows: np.ndarray, temperature: torch.Tensor) -> torch.Tensor:
-    """InfoNCE, in both directions."""
-    tokens = model.get_image_features(**slices.pixels(rows.reshape(-1))).pooler_output
-    one, other = normalize(torch.stack(tokens).float().mean(1), dim=-1).chunk(2)
+def contrast_loss(model, namer, slices: Slices, rows: np.ndarray, temperature: torch.Tensor) -> torch.Tensor:
+    """InfoNCE in both directions, and the cross entropy of the modality's name."""
+    rows = rows.reshape(-1)
+    tokens = model.get_image_features(**slices.pixels(rows)).pooler_output
+    image = torch.stack(tokens).float().mean(1)
+    # The first half of an image's numbers is for the place: what differs between modalities needs room of its own.
+    one, other = normalize(image[:, : image.shape[1] // 2], dim=-1).chunk(2)
     scores = temperature.exp() * one @ other.T
     same = torch.arange(len(scores))
-    return (cross_entropy(scores, same) + cross_entropy(scores.T, same)) / 2
+    place = (cross_entropy(scores, same) + cross_entropy(scores.T, same)) / 2
+    return place + cross_entropy(namer(image), slices.modality[torch.as_tensor(rows)])
 
 
 def compare_batch(model, processor, slices: Slices, count: int, rng) -> dict[str, torch.Tensor]:
@@ -202,7 +212,7 @@ def main(args):
     def contrast(step):
         rows = contrast_rows(slices, args.contrast_volumes, rng(step, 1))
         with autocast():
-            return contrast_loss(model, slices, rows, temperature)
+            return contrast_loss(model, namer, slices, rows, temperature)
 
     def compare(step):
         batch = compare_batch(model, processor, slices, args.compare_batch_size, rng(step, 2))
@@ -210,12 +220,13 @@ def main(args):
             return model(**batch).loss
 
     temperature = torch.nn.Parameter(torch.tensor(2.3))  # of CLIP: 1 / 0.1, as a logarithm
+    namer = torch.nn.Linear(model.config.text_config.hidden_size, len(MODALITIES))  # not kept
     eyes = [(name, p) for name, p in model.named_parameters() if part_of(name) == "vision"]
     half_way = args.output_dir / "eyes.safetensors"
     if half_way.exists():  # of an interrupted run
         model.load_state_dict(load_tensors(half_way), strict=False)
     else:
-        trained = [*eyes, ("temperature", temperature)]
+        trained = [*eyes, ("temperature", temperature), *namer.named_parameters()]
         train("contrast", contrast, trained, args, args.contrast_steps, args.muon_learning_rate, log)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         save_tensors({name: parameter.data for name, parameter in eyes}, half_way)

@@ -20,14 +20,17 @@ answer's tokens.
 
 import json
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, Image, List, load_dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -184,10 +187,31 @@ def accuracies(records: list[dict]) -> dict[str, float]:
     return {f"eval_accuracy/{key}": 100 * sum(values) / len(values) for key, values in sorted(right.items())}
 
 
+class MixedGroupsSampler(LengthGroupedSampler):
+    """
+    Batches of rows of about one length, in random order. `LengthGroupedSampler` goes from long rows to short ones again
+    and again: a task would be trained for dozens of steps on end, and forgotten over the next.
+    """
+
+    def __iter__(self):
+        indices = list(super().__iter__())
+        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        # The longest row stays in the first batch, where memory would run out at once; the last one may be short.
+        first, middle, last = batches[:1], batches[1:-1], batches[1:][-1:]
+        middle = [middle[place] for place in torch.randperm(len(middle)).tolist()]
+        return chain.from_iterable(first + middle + last)
+
+
 class StageOneTrainer(SFTTrainer):
-    """`SFTTrainer`, with Muon where it is asked for."""
+    """`SFTTrainer`, with groups of one length in random order, and Muon where it is asked for."""
 
     muon_learning_rate: float | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return MixedGroupsSampler(sampler.batch_size, lengths=list(sampler.lengths))
+        return sampler
 
     def create_optimizer(self, model=None):
         if self.muon_learning_rate is not None and self.optimizer is None:
