@@ -1,6 +1,7 @@
 """Speed and memory, as ratios measured in one run.
 
     python examples/benchmark.py --output benchmark.json
+    python examples/benchmark.py --training
 
 * `tiny`: one synthesis with the bundled weights (20 steps, text and image guidance): seconds, peak memory of the
   process, and a batch of 8 slices against 8 single calls.
@@ -8,6 +9,15 @@
   prefill included, VAE excluded, against its *ideal*: the bare matrix products and attention calls that this work
   cannot do without, on buffers allocated beforehand. 1.0 would be a model that spends no time on anything else.
 * `cache`: the same denoising with the context recomputed at every step, against the cached context.
+
+With `--training`, Stage II instead:
+
+* `W4`: forward and backward of 8 samples of the mid-size model (7,008 tokens), generation expert trained, understanding
+  detached, against the bare matrix products and attention calls of that step.
+* `detach`: the same step with gradients passing through the frozen understanding expert, against the detached one:
+  time, and what is kept for the backward pass.
+* `latents`: a batch of the bundled model whose slices lie in memory, on disk, or are encoded anew, against its step.
+* `memory`: of the process, over `--steps` training steps with the bundled weights.
 
 Runs of one comparison are interleaved and their medians compared, so that the machine's mood falls on both sides.
 Seconds belong to one machine; ratios travel.
@@ -19,10 +29,12 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -34,14 +46,20 @@ from synermedgen_hf import (
     SynerMedGenPipeline,
     checkpoint_path,
 )
+from synermedgen_hf.data.flow_matching import PairBatches, PairPool, phantom_rows
+from synermedgen_hf.data.latents import SliceEncoder
 from synermedgen_hf.data.phantom import simulate_case
 from synermedgen_hf.image_processing_synermedgen import SliceInputs
-from synermedgen_hf.processing_synermedgen import ImageBlock, TextBlock, build_sequence
+from synermedgen_hf.loading_synermedgen import part_of
+from synermedgen_hf.processing_synermedgen import ImageBlock, TextBlock, build_sequence, pad_sequences
 
 # The mid-size model.
 HIDDEN, MLP, LAYERS, HEADS, KV_HEADS, HEAD = 512, 1408, 8, 8, 2, 64
 VIT_HIDDEN, VIT_MLP, VIT_LAYERS, VIT_HEADS, PATCH = 256, 1024, 4, 4, 14
 LATENT_GRID, VIT_GRID, TEXT, EVALUATIONS = (16, 16), (18, 18), 32, 10
+
+
+SYNTHESIS, TRAINING = ["tiny", "W1", "W2", "cache"], ["W4", "detach", "latents", "memory"]
 
 
 def parse_args(argv=None):
@@ -50,10 +68,12 @@ def parse_args(argv=None):
     parser.add_argument("--output", type=Path, default=None, help="where to write the figures as JSON")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
-    parser.add_argument(
-        "--only", nargs="+", choices=["tiny", "W1", "W2", "cache"], default=["tiny", "W1", "W2", "cache"]
-    )
-    return parser.parse_args(argv)
+    parser.add_argument("--training", action="store_true", help="measure training steps")
+    parser.add_argument("--steps", type=int, default=500, help="of `memory`")
+    parser.add_argument("--only", nargs="+", choices=[*SYNTHESIS, *TRAINING], default=None)
+    args = parser.parse_args(argv)
+    args.only = args.only or (TRAINING if args.training else SYNTHESIS)
+    return args
 
 
 def medians(repeats: int, **work) -> dict[str, float]:
@@ -280,6 +300,182 @@ def benchmark_cache(args) -> dict:
     return {"seconds_cached": seconds["cached"], "recomputed_to_cached": seconds["recomputed"] / seconds["cached"]}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingStep:
+    """Forward and backward of 8 samples: [VAE 256+2][ViT 324+2][text 32+2], target 256+2."""
+
+    ROWS = 8
+
+    def __init__(self):
+        self.model = make_pipeline().model
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(part_of(name) == "generation")
+        blocks = [ImageBlock("latent", LATENT_GRID), ImageBlock("image", VIT_GRID), TextBlock(list(range(TEXT)))]
+        sequence = build_sequence(self.model.config, [*blocks, ImageBlock("target", LATENT_GRID)])
+        generator = torch.Generator().manual_seed(0)
+        batch = pad_sequences(self.model.config, [sequence] * self.ROWS)
+        del batch["labels"]
+        self.batch = batch | {
+            "pixel_values": torch.randn(self.ROWS * 324, 3 * PATCH**2, generator=generator),
+            "image_grid_hw": torch.tensor([VIT_GRID] * self.ROWS),
+            "latents": torch.randn(self.ROWS * 512, 64, generator=generator),
+            "latent_grid_hw": torch.tensor([LATENT_GRID] * (2 * self.ROWS)),
+            "timestep": torch.tensor([0.0, 0.5] * self.ROWS),
+            "velocity_labels": torch.randn(self.ROWS * 256, 64, generator=generator),
+        }
+
+    def run(self, detach: bool = True):
+        self.model.zero_grad(set_to_none=True)
+        self.model(**self.batch, detach_understanding=detach).loss.backward()
+
+    def kept_mb(self, detach: bool) -> float:
+        """What the forward pass keeps for the backward pass, parameters left out."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.model(**self.batch, detach_understanding=detach).loss
+        del loss
+        return sum(size for place, size in kept.items() if place not in own) / 1e6
+
+
+class IdealTrainingStep(Ideal):
+    """
+    The bare products of [`TrainingStep`]: both experts and the ViT forward, the gradients of the generation expert's
+    inputs and weights, and attention of all tokens to all tokens, forward and backward, without a mask.
+    """
+
+    ROWS = TrainingStep.ROWS
+    GENERATION, UNDERSTANDING = 512, 364  # tokens of a sample
+
+    def __init__(self):
+        super().__init__(guided=False)
+        length = self.GENERATION + self.UNDERSTANDING
+        self.heads = [
+            self.random(self.ROWS, heads, length, HEAD).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+        self.attended_gradient = self.random(self.ROWS, HEADS, length, HEAD)
+
+    def backward(self, gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, name: str):
+        """Gradients of a product's inputs and of its weight."""
+        torch.mm(gradient, weight, out=self.buffer(name + "_inputs", len(gradient), weight.shape[1]))
+        torch.mm(gradient.t(), inputs, out=self.buffer(name + "_weight", *weight.shape))
+
+    @torch.no_grad()
+    def run(self):
+        images = self.ROWS
+        hidden = self.product(self.buffer("pixels", images * 324, 3 * PATCH**2), self.ends[0], "patches")
+        for weight in self.vit:
+            query = self.product(hidden, weight["qkv"], "vit_qkv")[:, :VIT_HIDDEN]
+            self.product(self.attend(query, images, 324, VIT_HEADS, VIT_HEADS), weight["o"], "vit_o")
+            self.product(self.product(hidden, weight["fc1"], "fc1"), weight["fc2"], "fc2")
+        self.product(self.product(hidden, self.ends[1], "connector"), self.ends[2], "features")
+        attended = []
+        for layer in range(LAYERS):
+            for expert, tokens in (("und", self.UNDERSTANDING), ("gen", self.GENERATION)):
+                rows = self.buffer(f"rows_{expert}", images * tokens, HIDDEN)
+                weight = {name: self.experts[expert, layer, name] for name in ("qkv", "o", "gate_up", "down")}
+                self.product(rows, weight["qkv"], f"qkv_{expert}")
+                self.product(rows, weight["o"], f"o_{expert}")
+                gate = self.product(rows, weight["gate_up"], f"gate_up_{expert}")[:, :MLP]
+                self.product(gate, weight["down"], f"down_{expert}")
+            with torch.enable_grad():
+                attended.append(F.scaled_dot_product_attention(*self.heads, enable_gqa=True))
+        rows, width = images * self.GENERATION, HIDDEN + 2 * KV_HEADS * HEAD
+        hidden, inner = self.buffer("rows_gen", rows, HIDDEN), self.buffer("inner", rows, MLP)
+        gradients = {size: self.buffer(f"gradient_{size}", rows, size) for size in (HIDDEN, 2 * MLP, width)}
+        for layer in reversed(range(LAYERS)):
+            weight = {name: self.experts["gen", layer, name] for name in ("qkv", "o", "gate_up", "down")}
+            self.backward(gradients[HIDDEN], inner, weight["down"], "down")
+            self.backward(gradients[2 * MLP], hidden, weight["gate_up"], "gate_up")
+            self.backward(gradients[HIDDEN], hidden, weight["o"], "o")
+            torch.autograd.grad(attended.pop(), self.heads, self.attended_gradient)
+            self.backward(gradients[width], hidden, weight["qkv"], "qkv")
+
+
+def benchmark_step(args) -> dict:
+    ours, ideal = TrainingStep(), IdealTrainingStep()
+    seconds = medians(args.repeats, ours=ours.run, ideal=ideal.run)
+    return {
+        "pairs_per_second": ours.ROWS / seconds["ours"],
+        "seconds": seconds["ours"],
+        "seconds_ideal": seconds["ideal"],
+        "ratio": seconds["ours"] / seconds["ideal"],
+    }
+
+
+def benchmark_detach(args) -> dict:
+    step = TrainingStep()
+    seconds = medians(args.repeats, detached=step.run, through=lambda: step.run(detach=False))
+    kept = {name: step.kept_mb(detach) for name, detach in (("detached", True), ("through", False))}
+    return {
+        "seconds_detached": seconds["detached"],
+        "passing_through_to_detached": seconds["through"] / seconds["detached"],
+        "kept_for_backward_detached_mb": kept["detached"],
+        "kept_passing_through_to_detached": kept["through"] / kept["detached"],
+    }
+
+
+def training_batches(pipe, encoder: SliceEncoder, keep: bool) -> PairBatches:
+    """Batches of 8 from one simulated patient."""
+    rows = phantom_rows([simulate_case("brain", "synthrad", seed=2_000_000, num_slices=8)])
+    pool = PairPool(rows, encoder, keep=keep)
+    pool.encode_all(progress=False)
+    return PairBatches(pool, pipe.processor, pipe.model.config, 8)
+
+
+def training_pipeline(args):
+    pipe = SynerMedGenPipeline.from_pretrained(args.model or checkpoint_path(), dtype=torch.float32)
+    for name, parameter in pipe.model.named_parameters():
+        parameter.requires_grad_(part_of(name) == "generation")
+    pipe.vae.requires_grad_(False)
+    return pipe
+
+
+def train_on(pipe, batches: PairBatches, number: int):
+    pipe.model.zero_grad(set_to_none=True)
+    for samples in batches.step(number):
+        pipe.model(**batches.collate(samples), detach_understanding=True).loss.backward()
+
+
+def benchmark_latents(args) -> dict:
+    pipe = training_pipeline(args)
+    plain = SliceEncoder(pipe.vae, pipe.processor.image_processor)
+    with tempfile.TemporaryDirectory() as folder:
+        cached = SliceEncoder(pipe.vae, pipe.processor.image_processor, cache_dir=folder)
+        ways = {
+            "memory": training_batches(pipe, plain, keep=True),
+            "disk": training_batches(pipe, cached, keep=False),
+            "encoded_anew": training_batches(pipe, plain, keep=False),
+        }
+        collate = {
+            name: lambda own=own: [own.collate(samples) for samples in own.step(0)] for name, own in ways.items()
+        }
+        seconds = medians(args.repeats, step=lambda: train_on(pipe, ways["memory"], 0), **collate)
+    figures = {f"{name}_to_step": seconds[name] / seconds["step"] for name in ways}
+    return {"seconds_step_with_latents_in_memory": seconds["step"], **figures}
+
+
+def benchmark_memory(args) -> dict:
+    pipe = training_pipeline(args)
+    batches = training_batches(pipe, SliceEncoder(pipe.vae, pipe.processor.image_processor), keep=True)
+    process, early = psutil.Process(), 0
+    for number in tqdm(range(args.steps), desc="memory"):
+        train_on(pipe, batches, number)
+        if number == args.steps // 5:  # allocators have seen every shape by then
+            early = process.memory_info().rss
+    late = process.memory_info().rss
+    return {"memory_mb": late / 1e6, "memory_at_the_end_to_after_a_fifth": late / early}
+
+
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -292,6 +488,10 @@ def main(args):
         "W1": lambda args: benchmark_ideal(args, guided=True),
         "W2": lambda args: benchmark_ideal(args, guided=False),
         "cache": benchmark_cache,
+        "W4": benchmark_step,
+        "detach": benchmark_detach,
+        "latents": benchmark_latents,
+        "memory": benchmark_memory,
     }
     for name, measure in work.items():
         if name in args.only:

@@ -1,336 +1,443 @@
-"""Stage II: train SynerMedGen to synthesise one modality from another, by flow matching in the VAE's latent space.
+"""Stage II: teach SynerMedGen to synthesise one modality from another, by flow matching in the VAE's latent space.
 
     accelerate launch examples/train_generation.py \\
-        --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny --freeze none
+        --pretrained_model_name_or_path runs/stage1/pipeline --data_dir /data/SynthRAD2023 --output_dir runs/stage2
 
-The command of the bundled weights, with all its arguments, is in `examples/train_tiny.sh`. The data are simulated.
+    python examples/train_generation.py --config examples/recipes/generation_tiny.yaml
 
-Each sample is a simulated patient's slice: source modality (VAE latents, then ViT patches), the instruction, and the
-noised latents of the target. The network predicts `noise - data` at the target's tokens.
+Arguments are those of the diffusers scripts; a recipe is a YAML file of them, and the command line has the last word.
+Without `--data_dir` the data are simulated patients. Each sample is a slice of one patient: the source (VAE latents,
+then ViT patches), the instruction, and the noised latents of the target, whose velocity `noise - data` is predicted.
 
-* Timesteps: logit-normal, then shifted by the model's `timestep_shift`; never snapped to a grid.
-* Conditions are dropped independently (text, VAE image, ViT image), which is what guidance needs at inference.
-* `--freeze detach` (default) trains the generation expert with understanding activations detached, `grad` freezes the
-  understanding parameters but lets gradients pass through them, `none` trains everything: the way from random weights.
-* Every random choice is a function of (seed, step, process), so a resumed run continues exactly.
+* `--freeze detach` (default) trains the generation expert, `vae2llm`, `llm2vae` and the time embedder, with
+  understanding activations detached; `grad` lets gradients pass through them; `none` trains everything but the VAE: the
+  way from random weights. What is frozen is compared by checksum before and after.
+* `--lora_rank` trains adapters on the generation expert alone.
+* Every sample is a function of the seed and its number: see [`~synermedgen_hf.data.flow_matching.PairBatches`]. Every
+  target token counts the same, whatever batch, micro-batch or process it is in.
+* Checkpoints appear whole or not at all. `--resume_from_checkpoint latest` continues to the same weights to the bit.
 """
 
 import argparse
+import base64
+import contextlib
+import io
 import json
 import logging
 import math
 import shutil
+import sys
 import time
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
+from datasets import IterableDataset, load_dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from synermedgen_hf import SynerMedGenPipeline
+from synermedgen_hf.data.flow_matching import Dropout, PairBatches, PairPool, StreamedBatches, padding, phantom_rows
+from synermedgen_hf.data.latents import SliceEncoder
+from synermedgen_hf.data.pairs import PAIR_FEATURES
 from synermedgen_hf.data.phantom import load_phantom
-from synermedgen_hf.data.routes import ROUTES, Route
-from synermedgen_hf.image_processing_synermedgen import patchify
-from synermedgen_hf.loading_synermedgen import part_of
-from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, make_instruction, pad_sequences
+from synermedgen_hf.data.routes import ROUTES
+from synermedgen_hf.data.splits import write_whole
+from synermedgen_hf.loading_synermedgen import part_of, weights_checksum
 
 logger = logging.getLogger(__name__)
 
 NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use."
+# Full paths: names alone would also hit the understanding expert and the ViT.
+GENERATION_EXPERT = (
+    r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
+)
+BANDS = (0.125, 0.375, 0.625, 0.875)  # timesteps at which the validation loss is taken
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="a pipeline folder or Hub repository")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", type=Path, default=None, help="a recipe: a YAML file of arguments")
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--pretrained_model_name_or_path", help="a pipeline folder or Hub repository")
+    add("--revision", default=None, help="of the Hub repository")
+    add(
         "--allow_missing", nargs="*", default=[], help="tensors, or patterns with *, that may start from random numbers"
     )
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated cases are kept")
-    parser.add_argument("--train_cases", type=int, default=200, help="simulated subjects per protocol")
-    parser.add_argument("--slices_per_case", type=int, default=8)
-    parser.add_argument("--train_batch_size", type=int, default=48)
-    parser.add_argument("--max_train_steps", type=int, default=8000)
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--lr_scheduler", default="cosine")
-    parser.add_argument("--lr_warmup_steps", type=int, default=200)
-    parser.add_argument("--adam_beta1", type=float, default=0.9)
-    parser.add_argument("--adam_beta2", type=float, default=0.95)
-    parser.add_argument("--adam_weight_decay", type=float, default=0.01)
-    parser.add_argument("--adam_epsilon", type=float, default=1e-8)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument("--freeze", choices=["detach", "grad", "none"], default="detach")
-    parser.add_argument("--drop_text", type=float, default=0.1, help="probability of leaving the instruction out")
-    parser.add_argument("--drop_vae", type=float, default=0.3, help="... a source's latents")
-    parser.add_argument("--drop_vit", type=float, default=0.3, help="... a source's ViT patches")
-    parser.add_argument("--drop_region", type=float, default=0.3, help="... the region's name in the instruction")
-    parser.add_argument(
-        "--multi_source", type=float, default=0.1, help="probability of a batch with several sources a row"
-    )
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
-    parser.add_argument("--checkpointing_steps", type=int, default=500)
-    parser.add_argument("--checkpoints_total_limit", type=int, default=2)
-    parser.add_argument("--resume_from_checkpoint", default=None, help='"latest" or a folder')
-    parser.add_argument(
-        "--save_dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the saved model and autoencoder"
-    )
-    parser.add_argument("--sampling_steps", type=int, default=None, help="saved as the pipeline's num_inference_steps")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="saved as the pipeline's default")
-    parser.add_argument("--image_guidance_scale", type=float, default=None, help="saved as the pipeline's default")
-    parser.add_argument("--num_proc", type=int, default=2, help="processes that simulate cases")
-    parser.add_argument("--logging_steps", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    add("--attn_implementation", default=None, help="sdpa, eager or flex_attention")
+    add("--output_dir", type=Path, help="where checkpoints, logs and the trained pipeline go")
+    add("--freeze", choices=["detach", "grad", "none"], default="detach", help="the understanding branch; see above")
+    add("--lora_rank", type=int, default=None, help="train adapters of this rank on the generation expert")
+    add("--lora_alpha", type=int, default=None, help="by default the rank")
+    add("--lora_dropout", type=float, default=0.0)
+    add("--merge_adapter", action="store_true", help="put the adapter into the weights and save a pipeline")
+
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--dataset_name", default="synermed", help='"synermed", or a Hub dataset with its columns')
+    add("--dataset_config_name", default="pairs")
+    add("--data_dir", default=None, help="folder of scans, see load_dataset('synermed')")
+    add("--routes", nargs="+", default=None, help="only these, such as MRI-CT or brain/MRI-CT")
+    add("--slice_step", type=int, default=1, help="every so many slices of a case")
+    add("--phantom_cases", type=int, nargs=3, default=None, help="simulated volumes: training, validation, test")
+    add("--streaming", action="store_true", help="read the data as it is needed")
+    add("--stream_pool", type=int, default=2048, help="pairs of a stream that are drawn from at a time")
+    add("--latent_cache", choices=["memory", "disk", "off"], default="memory", help="where encoded slices are kept")
+    add("--latent_cache_dir", type=Path, default=None, help="... on disk, for this run and later ones")
+    add("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated slices are kept")
+    add("--train_cases", type=int, default=200, help="simulated patients per protocol, without --data_dir")
+    add("--slices_per_case", type=int, default=8)
+    add("--num_proc", type=int, default=2, help="processes that simulate or read cases")
+    add("--drop_text", type=float, default=0.1, help="probability of leaving the instruction out")
+    add("--drop_vae", type=float, default=0.3, help="... a source's latents")
+    add("--drop_vit", type=float, default=0.3, help="... a source's ViT patches")
+    add("--drop_region", type=float, default=0.3, help="... the region's name in the instruction")
+    add("--multi_source", type=float, default=0.1, help="probability of several sources, where there are")
+
+    train = parser.add_argument_group("training")
+    add = train.add_argument
+    add("--train_batch_size", type=int, default=48, help="samples of a process at a time")
+    add("--gradient_accumulation_steps", type=int, default=1, help="so many batches a step, or more and smaller ones")
+    add("--max_train_steps", type=int, default=8000)
+    add("--gradient_checkpointing", action="store_true")
+    add("--mixed_precision", choices=["no", "bf16"], default="bf16")
+    add("--learning_rate", type=float, default=1e-3)
+    add("--lr_scheduler", default="cosine")
+    add("--lr_warmup_steps", type=int, default=200)
+    add("--use_8bit_adam", action="store_true", help="moments of AdamW in 8 bits, by bitsandbytes")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.95)
+    add("--adam_weight_decay", type=float, default=0.01)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--ema_decay", type=float, default=0.999, help="of the moving average that is saved; 0 for none")
+    add("--logit_mean", type=float, default=0.0, help="of the timesteps, before they are shifted")
+    add("--logit_std", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+
+    keep = parser.add_argument_group("checkpoints, validation, logs")
+    add = keep.add_argument
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int, default=2)
+    add("--resume_from_checkpoint", default=None, help='"latest" or a folder')
+    add("--allow_changed_data", action="store_true", help="resume although the data are others than before")
+    add("--validation_steps", type=int, default=None, help="synthesise fixed held-out slices every so many steps")
+    add("--validation_images", type=int, default=8, help="... how many")
+    add("--validation_protocol", default="paper_frame", help="... and how, see metrics.protocols.evaluate_case")
+    add("--logging_steps", type=int, default=25)
+    add("--report_to", default=None, help="tensorboard, wandb, ... beside log.jsonl")
+    add("--save_dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the saved model and autoencoder")
+    add("--sampling_steps", type=int, default=None, help="saved as the pipeline's num_inference_steps")
+    add("--guidance_scale", type=float, default=None, help="saved as the pipeline's default")
+    add("--image_guidance_scale", type=float, default=None, help="saved as the pipeline's default")
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id", default=None, help="by default the name of the output folder")
+
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args(argv)
+    args = parser.parse_args([*read_recipe(known.config), *argv])
+    for name in ("pretrained_model_name_or_path", "output_dir"):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is required")
+    if args.latent_cache == "disk" and args.latent_cache_dir is None:
+        parser.error("--latent_cache disk needs --latent_cache_dir")
+    if args.lora_rank and args.freeze == "none":
+        parser.error("--lora_rank trains adapters on the generation expert alone: choose --freeze detach or grad")
+    return args
 
 
-def is_route(route: Route, source: str) -> bool:
-    """Whether the route's target is made from this source too."""
-    return route._replace(source=source) in ROUTES
+def read_recipe(path: Path | None) -> list[str]:
+    """A YAML file of arguments as a command line."""
+    arguments = []
+    for name, value in (yaml.safe_load(path.read_text()) if path else {}).items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None and value is not False:
+            arguments += [f"--{name}", *([] if value is True else map(str, values))]
+    return arguments
 
 
-class LatentPairs:
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_simulated(args) -> bool:
+    return bool(args.phantom_cases) or (args.dataset_name == "synermed" and args.data_dir is None)
+
+
+def load_pairs(args, split: str, streaming: bool, cases: int):
+    """One split of the pairs: a data set, or an iterator over rows of `cases` simulated patients per protocol."""
+    # A simulated patient is seen by more scanners at once than any real one.
+    routes = args.routes or ([route.name for route in ROUTES] if is_simulated(args) else None)
+    if is_simulated(args) and not args.phantom_cases:
+        made = load_phantom(split, cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
+        return phantom_rows(made, routes)
+    options = {"data_dir": args.data_dir} if args.data_dir else {}
+    if args.dataset_name == "synermed":
+        options |= {"phantom_cases": args.phantom_cases or 0, "routes": routes, "slice_step": args.slice_step}
+    how = {"streaming": True} if streaming else {"num_proc": args.num_proc}
+    return load_dataset(args.dataset_name, args.dataset_config_name, split=split, **how, **options)
+
+
+def make_batches(args, pipe, encoder: SliceEncoder, accelerator: Accelerator):
+    """The training batches, every slice encoded where that is wanted."""
+    process, processes = accelerator.process_index, accelerator.num_processes
+    common = {
+        "processor": pipe.processor,
+        "config": pipe.model.config,
+        "batch_size": args.train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "dropout": Dropout(args.drop_text, args.drop_vae, args.drop_vit, args.drop_region, args.multi_source),
+        "logit_mean": args.logit_mean,
+        "logit_std": args.logit_std,
+    }
+    with accelerator.main_process_first():
+        rows = load_pairs(args, "train", args.streaming, args.train_cases)
+    if args.streaming:
+        # On average every pair of a pool is drawn once.
+        steps = max(1, args.stream_pool // (args.train_batch_size * args.gradient_accumulation_steps))
+        return StreamedBatches(
+            rows,
+            partial(PairPool, encoder=encoder),
+            lambda pool, seed: PairBatches(pool, seed=seed, **common),
+            args.stream_pool,
+            steps,
+            process,
+            processes,
+            args.seed,
+        )
+    pool = PairPool(rows, encoder, keep=args.latent_cache == "memory")
+    if args.latent_cache != "off":
+        pool.encode_all(process, processes, progress=accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+    where = {"process": process, "processes": processes}
+    return PairBatches(pool, seed=[args.seed], **where, **common)
+
+
+def describe(args, pool: PairPool):
+    """Say what there is to train on, and what there is not."""
+    logger.info("%d slices, %d pairs of %d routes", len(pool.stored), len(pool), len(pool.pairs))
+    for route, pairs in pool.pairs.items():
+        logger.info("  %-24s %6d", route.name, len(pairs))
+    names = {route.name for route in pool.pairs}
+    for wanted in args.routes or []:
+        if not any(name == wanted or name.split("/")[1] == wanted for name in names):
+            logger.warning("There is no pair of the route %s: it will not be learned.", wanted)
+    if pool.unnamed:
+        logger.warning("%d rows do not name source and target and are left out.", pool.unnamed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Validation:
     """
-    All training slices as the model reads them, encoded once: posterior of the VAE, and the ViT's grey pixels.
-
-    `slices[route]` lists `(sources, target)` rows into the tables, where `sources` are all modalities of the same
-    patient and slice that have a trained route to this target, the route's own first.
+    Fixed pairs of held-out patients, synthesised with fixed seeds: figures under a protocol, beside those of copying
+    the source and of the autoencoder alone; the loss at four timesteps; a contact sheet.
     """
+
+    def __init__(self, args, pipe, encoder: SliceEncoder):
+        # The extra `metrics` is asked for here, before anything is trained.
+        from synermedgen_hf.metrics import baselines, protocols, report
+
+        self.args, self.pipe, self.codec = args, pipe, pipe.processor.image_processor
+        self.baselines, self.evaluate_case, self.draw_strip = baselines, protocols.evaluate_case, report.draw_strip
+        files = self.choose(load_pairs(args, "validation", True, math.ceil(args.validation_images / 4)))
+        self.rows = [PAIR_FEATURES.decode_example(row) for row in files]
+        batches = PairBatches(
+            PairPool(files, encoder), pipe.processor, pipe.model.config, len(files), dropout=Dropout(0, 0, 0, 0, 0)
+        )
+        samples = [batches.draw(number) for number in range(len(files))]
+        self.banded = {t: batches.collate([replace(one, timestep=t) for one in samples]) for t in BANDS}
+        self.beside = {}
+        for name, baseline in (
+            ("copy", baselines.CopySource(self.codec)),
+            ("ceiling", baselines.Ceiling(pipe.vae, self.codec)),
+        ):
+            made = [baseline([row], [args.seed])[0] for row in self.rows]
+            self.beside |= {f"{name}/{metric}": value for metric, value in self.judge(made)[0].items()}
+
+    def choose(self, rows) -> list[dict]:
+        """Of the first few cases the middle slice of every route, the routes by turns."""
+        if isinstance(rows, IterableDataset):
+            for column in ("source_image", "target_image", "mask", "lesion"):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+        by_route: dict[str, list[dict]] = {}
+        for _, case in islice(
+            groupby(rows, key=lambda row: (row["dataset"], row["case_id"])), self.args.validation_images
+        ):
+            own: dict[str, list[dict]] = {}
+            for row in case:
+                if row["source_modality"] and row["target_modality"]:
+                    own.setdefault(self.baselines.route_of(row), []).append(row)
+            for route, slices in own.items():
+                by_route.setdefault(route, []).append(slices[len(slices) // 2])
+        turns = zip_longest(*by_route.values())
+        return [row for turn in turns for row in turn if row is not None][: self.args.validation_images]
+
+    def judge(self, made: list[np.ndarray]) -> tuple[dict[str, float], list[dict]]:
+        """Mean of every metric over the targets of each modality, and the record of every slice."""
+        records, values = [], {}
+        for row, one in zip(self.rows, made, strict=True):
+            modality = row["target_modality"]
+            window = self.codec.target_record(modality)
+            record = self.evaluate_case(
+                one,
+                self.baselines.true_target(self.codec, row),
+                mask=None if row["mask"] is None else np.asarray(row["mask"], bool),
+                protocol=self.args.validation_protocol,
+                modality=modality,
+                spacing=tuple(row["spacing"][1:]),
+                window=(window["low"], window["high"]) if "percentile" in self.codec.intensity[modality] else None,
+            )
+            for metric, value in record["metrics"].items():
+                if value is not None:
+                    values.setdefault(f"{modality}/{metric}", []).append(value)
+            records.append({"route": self.baselines.route_of(row), **record})
+        return {metric: float(np.mean(several)) for metric, several in values.items()}, records
 
     @torch.no_grad()
-    def __init__(self, cases, pipe: SynerMedGenPipeline, autocast, batch_size: int = 32):
-        means, stds, pixels, rows = [], [], [], {}
-        processor = pipe.processor.image_processor
-        for number, case in enumerate(tqdm(cases, desc="encode")):
-            inputs = []
-            for modality, volume in case.images.items():
-                window = processor.intensity_window(volume, modality)
-                for index, image in enumerate(volume):
-                    rows[number, modality, index] = len(pixels) + len(inputs)
-                    inputs.append(processor.preprocess_slice(image, modality, window))
-            for start in range(0, len(inputs), batch_size):
-                batch = torch.stack([one.vae_pixels for one in inputs[start : start + batch_size]])
-                with autocast():
-                    posterior = pipe.vae.encode(batch.to(pipe.vae.device)).latent_dist
-                means.append(posterior.mean.half().cpu())
-                stds.append(posterior.std.half().cpu())
-            pixels += [one.vit_patches.view(*one.vit_patches.shape[:1], -1, 3)[..., 0].half() for one in inputs]
-            self.vit_grid, self.latent_grid = inputs[0].vit_grid, pipe.latent_grid(inputs[0])
-        self.means, self.stds, self.pixels = torch.cat(means), torch.cat(stds), torch.stack(pixels)
-        self.shift, self.scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
-        self.slices = {
-            route: [
-                (
-                    [route.source, *(m for m in case.images if m != route.source and is_route(route, m))],
-                    {m: rows[number, m, index] for m in case.images},
-                )
-                for number, case in enumerate(cases)
-                if case.region == route.region and {route.source, route.target} <= case.images.keys()
-                for index in range(len(case.mask))
-            ]
-            for route in ROUTES
-        }
+    def run(self, step: int, device) -> dict[str, float]:
+        """Judge the pipeline as it is, write `validation/STEP.png` and `.json`, and return the figures."""
+        pipe = self.pipe
+        pipe.model.eval()
+        pipe.set_progress_bar_config(disable=True)
+        made = []
+        for row in self.rows:
+            window = row["source_window"]
+            own = "high" in self.codec.intensity[row["source_modality"]]
+            made += pipe(
+                np.asarray(row["source_image"], np.float32),
+                target=row["target_modality"],
+                source=row["source_modality"],
+                region=row["region"] or None,
+                window=None if own else (window["low"], window["high"]),
+                seed=self.args.seed,
+                output_type="np",
+            ).images
+        means, records = self.judge(made)
+        figures = dict(means)
+        for timestep, batch in self.banded.items():
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            figures[f"loss_mse/t={timestep}"] = pipe.model(**batch).loss_mse.item()
+        pipe.model.train()
+        folder = self.args.output_dir / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.draw(made).save(folder / f"{step}.png")
+        write_whole(
+            folder / f"{step}.json",
+            json.dumps({"step": step, **figures, "beside": self.beside, "slices": records}, indent=2) + "\n",
+        )
+        return figures
 
-    def latents(self, row: int, patch: int, generator: torch.Generator) -> torch.Tensor:
-        """One sampled latent as tokens."""
-        mean, std = self.means[row].float(), self.stds[row].float()
-        sample = mean + std * torch.randn(mean.shape, generator=generator)
-        return patchify((sample - self.shift) * self.scale, patch)
-
-
-def make_batch(pairs: LatentPairs, pipe: SynerMedGenPipeline, args, step: int, process: int) -> dict:
-    """The batch of one step: a function of the seed, the step and the process alone."""
-    config, processor = pipe.model.config, pipe.processor
-    rng = np.random.default_rng([args.seed, step, process])
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    patch = config.latent_patch_size
-    rows, pixel_values, latents, timesteps, wanted = [], [], [], [], []
-    # One number of sources for the whole batch: rows are padded to the longest, and a scan is 100 tokens long.
-    count, routes = 1, ROUTES
-    if rng.random() < args.multi_source:
-        count = int(rng.integers(2, 4))
-        routes = [route for route in ROUTES if len(pairs.slices[route][0][0]) >= count]
-    for _ in range(args.train_batch_size):
-        route = routes[rng.integers(len(routes))]
-        modalities, row_of = pairs.slices[route][rng.integers(len(pairs.slices[route]))]
-        sources = modalities[:1] + list(rng.permutation(modalities[1:])[: count - 1])
-        blocks = []
-        for source in sources:
-            dropped = rng.random() < args.drop_vae
-            blocks.append(ImageBlock("latent", pairs.latent_grid, dropped=dropped))
-            if not dropped:
-                latents.append(pairs.latents(row_of[source], patch, generator))
-                timesteps.append(0.0)
-            dropped = rng.random() < args.drop_vit
-            blocks.append(ImageBlock("image", pairs.vit_grid, dropped=dropped))
-            if not dropped:
-                pixel_values.append(pairs.pixels[row_of[source]].float().repeat_interleave(3, dim=1))
-        region = None if rng.random() < args.drop_region else route.region
-        instruction = make_instruction(sources, route.target, region)
-        blocks.append(processor.text_block(instruction, dropped=rng.random() < args.drop_text))
-        blocks.append(ImageBlock("target", pairs.latent_grid))
-        rows.append(build_sequence(config, blocks))
-        clean = pairs.latents(row_of[route.target], patch, generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        t = torch.randn((), generator=generator).sigmoid().item()
-        t = config.timestep_shift * t / (1 + (config.timestep_shift - 1) * t)
-        latents.append((1 - t) * clean + t * noise)
-        timesteps.append(t)
-        wanted.append(noise - clean)
-    batch = pad_sequences(config, rows)
-    del batch["labels"]  # no answer is learned here
-    batch |= {
-        "latents": torch.cat(latents),
-        "latent_grid_hw": torch.tensor([pairs.latent_grid] * len(latents)),
-        "timestep": torch.tensor(timesteps),
-        "velocity_labels": torch.cat(wanted),
-    }
-    if pixel_values:
-        batch["pixel_values"] = torch.cat(pixel_values)
-        batch["image_grid_hw"] = torch.tensor([pairs.vit_grid] * len(pixel_values))
-    return batch
+    def draw(self, made: list[np.ndarray]) -> Image.Image:
+        """Source, synthesis, truth and difference of every slice."""
+        strips = []
+        for row, one in zip(self.rows, made, strict=True):
+            strip = self.draw_strip(row, one, self.baselines.true_target(self.codec, row), self.codec)
+            strip = Image.open(io.BytesIO(base64.b64decode(strip)))
+            ImageDraw.Draw(strip).text((4, 4), self.baselines.route_of(row), fill=255)
+            strips.append(strip)
+        sheet = Image.new("L", (strips[0].width, sum(strip.height for strip in strips)))
+        for place, strip in enumerate(strips):
+            sheet.paste(strip, (0, place * strip.height))
+        return sheet
 
 
-def main(args):
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if (args.output_dir / "log.jsonl").exists() and not args.resume_from_checkpoint:
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Oldest first. One that is being written, or being deleted, has another name."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def discard(folder: Path):
+    """Delete a folder that must never be seen half deleted."""
+    if folder.exists():
+        leaving = folder.with_name(f"{folder.name}.discarded")
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, ema: EMAModel | None, keep: int):
+    """
+    Weights, optimizer, schedule and random states by accelerate; moving average and our own state beside them. The
+    folder gets its name when everything is in it, then the oldest go.
+    """
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if accelerator.is_main_process:
+        discard(unfinished)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(unfinished)
+    if ema is not None:
+        averages = {str(number): whole(tensor) for number, tensor in enumerate(ema.shadow_params)}
+        state = state | {"ema_steps": ema.optimization_step}
+        if accelerator.is_main_process:
+            save_file(averages, unfinished / "ema.safetensors")
+    write_whole(unfinished / f"training_state_{accelerator.process_index}.json", json.dumps(state) + "\n")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        discard(folder)
+        unfinished.rename(folder)
+        for old in checkpoints(folder.parent)[:-keep]:
+            discard(old)
+    accelerator.wait_for_everyone()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded over processes, put together."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> dict:
+    """The state that [`save_checkpoint`] was given."""
+    states = list(folder.glob("training_state_*.json"))
+    if len(states) != accelerator.num_processes:
         raise SystemExit(
-            f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or choose "
-            "another --output_dir."
+            f"{folder} was written by {len(states)} processes and cannot be continued by {accelerator.num_processes}."
         )
-    # With nothing frozen, some understanding parameters of the last layer never meet the flow loss.
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none")],
-    )
-    set_seed(args.seed)
-    pipe = SynerMedGenPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, allow_missing=args.allow_missing, print_report=False
-    )
-    trained_parts = {"generation"} if args.freeze != "none" else {"generation", "understanding", "vision"}
-    if random := [part for part in pipe.model.config.missing_parts if part not in trained_parts]:
-        raise SystemExit(
-            f"{args.pretrained_model_name_or_path} came without its {' and '.join(random)} weights, which this "
-            "training would leave as random numbers. Start from a complete checkpoint."
-        )
-    pipe.vae.requires_grad_(False)
-    model = pipe.model.train()
-    model.lm_head.requires_grad_(False)  # the flow loss does not reach it
-    if args.freeze != "none":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(name) == "generation")
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if accelerator.is_main_process:
-        logger.info(pipe.load_report.table({"": model, "vae.": pipe.vae}))
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        # accelerate advances the schedule once for every process.
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    ema = EMAModel(trained, decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
+    # What is frozen is not in a checkpoint.
+    accelerator.load_state(folder, strict=False)
+    state = json.loads((folder / f"training_state_{accelerator.process_index}.json").read_text())
+    if ema is not None:
+        averages = load_file(folder / "ema.safetensors")
+        for number, shadow in enumerate(ema.shadow_params):
+            average = averages[str(number)].to(shadow.device)
+            if isinstance(shadow, DTensor):
+                average = distribute_tensor(average, shadow.device_mesh, shadow.placements)
+            shadow.copy_(average)
+        ema.optimization_step = state["ema_steps"]
+    return state
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    step = 0
-    checkpoints = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if args.resume_from_checkpoint and (checkpoints or args.resume_from_checkpoint != "latest"):
-        folder = checkpoints[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
-        accelerator.load_state(folder)
-        ema.to(accelerator.device)
-        step = int(folder.name.split("-")[1])
-        logger.info("resumed from %s", folder)
 
-    if step < args.max_train_steps:
-        with accelerator.main_process_first():
-            cases = load_phantom(
-                "train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc
-            )
-        pipe.vae.to(accelerator.device)
-        pairs = LatentPairs(cases, pipe, accelerator.autocast)
-        logger.info("%d slices of %d simulated subjects, %d routes", len(pairs.means), len(cases), len(pairs.slices))
-        del cases
-
-    start, losses = time.monotonic(), []
-    if accelerator.is_main_process:
-        minutes, log = open_log(args.output_dir / "log.jsonl", step)
-        start -= 60 * minutes
-    progress = tqdm(total=args.max_train_steps, initial=step, desc="flow", disable=not accelerator.is_main_process)
-    while step < args.max_train_steps:
-        for micro in range(args.gradient_accumulation_steps):
-            number = step * args.gradient_accumulation_steps + micro
-            batch = make_batch(pairs, pipe, args, number, accelerator.process_index)
-            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-            with accelerator.accumulate(model):
-                loss = model(**batch, detach_understanding=args.freeze == "detach").loss
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"The loss is {loss.item()} at step {step}. Lower the learning rate.")
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-        ema.step(trained)
-        step += 1
-        progress.update()
-        if step % args.logging_steps == 0 and accelerator.is_main_process:
-            mean = math.fsum(losses) / len(losses)
-            losses.clear()
-            row = {"step": step, "loss_mse": round(mean, 5), "lr": scheduler.get_last_lr()[0]}
-            row["minutes"] = round((time.monotonic() - start) / 60, 2)
-            progress.set_postfix(loss=f"{mean:.4f}")
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-        if step % args.checkpointing_steps == 0:
-            accelerator.save_state(args.output_dir / f"checkpoint-{step}")
-            if accelerator.is_main_process:
-                prune_checkpoints(args.output_dir, args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
-
-    if accelerator.is_main_process:
-        pipe.model = accelerator.unwrap_model(model)
-        ema.copy_to(trained)
-        config = pipe.model.config
-        config.missing_parts = [part for part in config.missing_parts if part not in trained_parts]
-        config.trained_routes = [route.name for route in ROUTES]
-        config.notice = NOTICE
-        sampling = {
-            "num_inference_steps": args.sampling_steps,
-            "guidance_scale": args.guidance_scale,
-            "image_guidance_scale": args.image_guidance_scale,
-        }
-        config.sampling |= {name: value for name, value in sampling.items() if value is not None}
-        pipe.model.requires_grad_(True).eval().to(getattr(torch, args.save_dtype))
-        pipe.vae.to(getattr(torch, args.save_dtype))
-        pipe.save_pretrained(
-            args.output_dir / "pipeline",
-            card={"training_data": "Simulated patients of synermedgen_hf.data.phantom; no real scan."},
-        )
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
-        logger.info("saved %s", args.output_dir / "pipeline")
-    accelerator.end_training()
+def leave_out_frozen(models, weights, folder):
+    """Frozen weights come from where they came from, and need not be in every checkpoint."""
+    for model, state in zip(models, weights, strict=True):
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        for name in frozen & state.keys():
+            del state[name]
 
 
 def open_log(path: Path, step: int):
@@ -340,17 +447,304 @@ def open_log(path: Path, step: int):
     """
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.replace(path)
-    return rows[-1]["minutes"] if rows else 0, path.open("a")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    minutes = [row["minutes"] for row in rows if "minutes" in row]
+    return minutes[-1] if minutes else 0, path.open("a")
 
 
-def prune_checkpoints(folder: Path, keep: int):
-    """Keep the newest `keep` checkpoints."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for old in checkpoints[:-keep]:
-        shutil.rmtree(old)
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(args, parameters) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.AdamW8bit
+    return kind(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def check(args):
+    """Raise for what cannot be used, before anything is loaded."""
+    if args.resume_from_checkpoint is None:
+        names = ("log.jsonl", "checkpoint-*", "pipeline", "adapter_model.safetensors")
+        if any(any(args.output_dir.glob(name)) for name in names):
+            raise SystemExit(
+                f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or "
+                "choose another --output_dir."
+            )
+    elif args.resume_from_checkpoint != "latest" and not Path(args.resume_from_checkpoint).is_dir():
+        raise SystemExit(f"There is no checkpoint {args.resume_from_checkpoint}.")
+    if args.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise SystemExit("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.streaming and is_simulated(args) and not args.phantom_cases:
+        raise SystemExit("--streaming needs --data_dir, --phantom_cases or --dataset_name.")
+
+
+def stop_at_nan(args, accelerator, step: int, batches, batch_list, losses):
+    """
+    Keep the batches that gave no number and raise, in every process: the norm of the gradients, which all share, has
+    told them all.
+    """
+    cases = set()
+    for number, (samples, loss) in enumerate(zip(batch_list, losses, strict=True)):
+        if torch.isfinite(loss):
+            continue
+        names = sorted({f"{sample.pair.case} ({sample.route})" for sample in samples})
+        cases |= set(names)
+        path = args.output_dir / f"nan-step-{step}-process-{accelerator.process_index}-{number}.safetensors"
+        save_file(batches.collate(samples), path, {"cases": json.dumps(names)})
+    mine = f"Batches of this process are kept in {args.output_dir}; their cases: {', '.join(sorted(cases))}."
+    other = "The losses of this process are finite: see the others, or the gradients have overflowed."
+    raise FloatingPointError(
+        f"The loss of step {step} is not a number. {mine if cases else other} Nothing was changed by this step; the "
+        "last checkpoint is whole. Look at these cases, or lower the learning rate."
+    )
+
+
+def main(args):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check(args)
+    # With nothing frozen, some understanding parameters of the last layer never meet the flow loss.
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none")],
+    )
+    is_main, is_sharded = accelerator.is_main_process, accelerator.distributed_type == DistributedType.FSDP
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+
+    # 1. The model, every tensor accounted for.
+    set_seed(args.seed)
+    options = {"revision": args.revision, "attn_implementation": args.attn_implementation}
+    if args.lora_rank and args.mixed_precision == "bf16":
+        options["dtype"] = torch.bfloat16  # frozen; the adapters are float32 all the same
+    pipe = SynerMedGenPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        allow_missing=args.allow_missing,
+        print_report=False,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    model, config = pipe.model, pipe.model.config
+    trained_parts = {"generation"} if args.freeze != "none" else {"generation", "understanding", "vision"}
+    if random := [part for part in config.missing_parts if part not in trained_parts or args.lora_rank]:
+        raise SystemExit(
+            f"{args.pretrained_model_name_or_path} came without its {' and '.join(random)} weights, which this "
+            "training would leave as random numbers. Start from a complete checkpoint."
+        )
+    pipe.vae.requires_grad_(False).to(accelerator.device)
+    for name, parameter in model.named_parameters():
+        # The flow loss does not reach lm_head.
+        in_trained = part_of(name) in trained_parts and not name.startswith("lm_head") and not args.lora_rank
+        parameter.requires_grad_(in_trained)
+    frozen = [name for name in model.state_dict() if part_of(name) not in trained_parts]
+    before = weights_checksum(model, frozen)
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha or args.lora_rank,
+            lora_dropout=args.lora_dropout,
+            target_modules=GENERATION_EXPERT,
+        )
+        model = get_peft_model(model, lora)
+    if args.gradient_checkpointing:
+        pipe.model.activation_checkpointing_enable()
+    model.train()
+    if is_main:
+        logger.info(pipe.load_report.table({"": model, "vae.": pipe.vae}))
+    config.missing_parts = [part for part in config.missing_parts if part not in trained_parts]
+    sampling = {
+        "num_inference_steps": args.sampling_steps,
+        "guidance_scale": args.guidance_scale,
+        "image_guidance_scale": args.image_guidance_scale,
+    }
+    config.sampling |= {name: value for name, value in sampling.items() if value is not None}
+    old_routes, config.trained_routes = config.trained_routes, []  # unchecked while they are being learned
+
+    # 2. Optimizer and schedule.
+    if not is_sharded:
+        accelerator.register_save_state_pre_hook(leave_out_frozen)
+    optimizer = make_optimizer(args, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        # accelerate advances the schedule once for every process.
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema = None
+    if args.ema_decay:
+        ema = EMAModel(trained, decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        ema.to(accelerator.device)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    step, state, folder = 0, {}, None
+    if args.resume_from_checkpoint == "latest":
+        folder = (checkpoints(args.output_dir) or [None])[-1]
+    elif args.resume_from_checkpoint:
+        folder = Path(args.resume_from_checkpoint)
+    if folder is not None:
+        state = load_checkpoint(accelerator, folder, ema)
+        step = state["step"]
+        if state["frozen"] != before:
+            raise SystemExit(f"The frozen weights of {args.pretrained_model_name_or_path} are not those of {folder}.")
+        logger.info("resumed from %s", folder)
+    routes = state.get("routes", [])
+
+    # 3. The data.
+    batches = validation = None
+    if step < args.max_train_steps:
+        encoder = SliceEncoder(pipe.vae, pipe.processor.image_processor, args.mixed_precision, args.latent_cache_dir)
+        if args.validation_steps and (is_main or is_sharded):
+            validation = Validation(args, pipe, encoder)
+        batches = make_batches(args, pipe, encoder, accelerator)
+        if state:
+            batches.load_state_dict(state["batches"])
+            said = f"The data are not those that {folder} was trained on"
+            if state["batches"]["data"] != batches.fingerprint:
+                if not args.allow_changed_data:
+                    raise SystemExit(f"{said}. Bring them back, or go on with --allow_changed_data.")
+                logger.warning("%s; the training goes on with these.", said)
+        batches.step(step)
+        describe(args, batches.pool)
+
+    # 4. Train.
+    accelerator.gradient_accumulation_steps = passes = batches.passes if batches else 1
+    total_samples = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    logger.info("%d samples in a step", total_samples)
+    if args.report_to:
+        accelerator.init_trackers("synermedgen-generation", {name: str(value) for name, value in vars(args).items()})
+    start, log = time.monotonic(), None
+    if is_main:
+        minutes, log = open_log(args.output_dir / "log.jsonl", step)
+        start -= 60 * minutes
+    # Since the last row of the log: squared error, target tokens, slots with a token, slots.
+    sums = torch.tensor(state.get("sums", [0.0] * 4), device=accelerator.device)
+    progress = tqdm(total=args.max_train_steps, initial=step, desc="flow", disable=not is_main)
+    while step < args.max_train_steps:
+        micro_batches = batches.step(step)
+        counts = [sum(sample.target_tokens for sample in samples) for samples in micro_batches]
+        tokens = accelerator.reduce(torch.tensor(float(sum(counts)), device=accelerator.device)).item()
+        losses = []
+        for samples, count in zip(micro_batches, counts, strict=True):
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batches.collate(samples).items()}
+            with accelerator.accumulate(model):
+                loss = model(**batch, detach_understanding=args.freeze == "detach").loss
+                losses.append(loss.detach())
+                # backward() divides by the number of micro-batches, and processes are averaged: here every token of the
+                # step counts the same.
+                share = count / tokens * accelerator.num_processes * passes
+                accelerator.backward(loss * share)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    if not torch.isfinite(whole(norm)):
+                        stop_at_nan(args, accelerator, step, batches, micro_batches, losses)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        if ema is not None:
+            ema.step(trained)
+        step += 1
+        progress.update()
+        for samples, count, loss in zip(micro_batches, counts, losses, strict=True):
+            used, slots = padding(samples)
+            sums += torch.stack([loss.float() * count, *torch.tensor([count, used, slots], device=loss.device)])
+        routes = list(dict.fromkeys([*routes, *(route.name for route in batches.pool.pairs)]))
+        if step % args.logging_steps == 0:
+            error, count, used, slots = accelerator.reduce(sums).tolist()
+            sums = torch.zeros_like(sums)
+            row = {"step": step, "loss_mse": round(error / count, 5), "lr": scheduler.get_last_lr()[0]}
+            row |= {"grad_norm": round(float(whole(norm)), 4), "padding": round(1 - used / slots, 4)}
+            row["minutes"] = round((time.monotonic() - start) / 60, 2)
+            progress.set_postfix(loss=f"{row['loss_mse']:.4f}", padding=f"{row['padding']:.1%}")
+            write_log(accelerator, log, row)
+        if validation is not None and step % args.validation_steps == 0:
+            with averaged(ema, trained):
+                figures = validation.run(step, accelerator.device)
+            write_log(accelerator, log, {"step": step, **{f"validation/{name}": one for name, one in figures.items()}})
+        if args.validation_steps and step % args.validation_steps == 0:
+            accelerator.wait_for_everyone()
+        if step % args.checkpointing_steps == 0:
+            state = {"step": step, "frozen": before, "routes": routes, "sums": sums.tolist()}
+            state["batches"] = batches.state_dict()
+            folder = args.output_dir / f"checkpoint-{step}"
+            save_checkpoint(accelerator, folder, state, ema, args.checkpoints_total_limit)
+
+    # 5. What was frozen is what it was; the rest is saved.
+    if ema is not None:
+        ema.copy_to(trained)
+    if is_sharded:
+        gathered, model = accelerator.get_state_dict(model), type(pipe.model)(config)
+        if is_main:
+            model.load_state_dict(gathered)
+    model = accelerator.unwrap_model(model)
+    if args.lora_rank and is_main:
+        model.save_pretrained(args.output_dir)
+        logger.info("saved the adapter in %s", args.output_dir)
+    if args.lora_rank:
+        model = model.merge_and_unload() if args.merge_adapter else model.unload()
+    if is_main:
+        if before != weights_checksum(model, frozen):
+            raise RuntimeError("The frozen weights have changed, which must never be. Nothing was saved.")
+        if frozen:
+            logger.info("The understanding branch is untouched: checksum %s", before)
+    if is_main and (not args.lora_rank or args.merge_adapter):
+        save_pipeline(args, pipe, model, [*old_routes, *routes])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@contextlib.contextmanager
+def averaged(ema: EMAModel | None, parameters):
+    """The moving average in the place of the weights."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def write_log(accelerator: Accelerator, log, row: dict):
+    """A row of the log and of the trackers."""
+    if log is not None:
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def save_pipeline(args, pipe, model, routes: list[str]):
+    """The trained model with everything around it, and the arguments."""
+    config = model.config
+    config.trained_routes = list(dict.fromkeys(routes))
+    simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
+    if is_simulated(args):
+        config.notice = NOTICE
+    source = simulated if is_simulated(args) else Path(args.data_dir or args.dataset_name).name
+    pipe.model = model.requires_grad_(True).eval().to("cpu", getattr(torch, args.save_dtype))
+    pipe.vae.to("cpu", getattr(torch, args.save_dtype))
+    card = {"training_data": f"Stage II ({args.max_train_steps} steps) on {source}."}
+    pipe.save_pretrained(args.output_dir / "pipeline", card=card)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    write_whole(args.output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")
+    logger.info("saved %s", args.output_dir / "pipeline")
+    if args.push_to_hub:
+        pipe.push_to_hub(args.hub_model_id or args.output_dir.resolve().name, card=card)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,584 @@
+"""Stage II run for real at tiny size: what is learned, what stays, what survives a kill, what is refused and saved."""
+
+import errno
+import functools
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import load_dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from synermedgen_hf import SynerMedGenForConditionalGeneration, SynerMedGenPipeline, checkpoint_path
+from synermedgen_hf.data.layouts import write_layout
+from synermedgen_hf.data.pairs import PAIR_FEATURES
+from synermedgen_hf.loading_synermedgen import part_of
+from synermedgen_hf.metrics.baselines import Ceiling, true_target
+from synermedgen_hf.metrics.protocols import evaluate_case
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT, RECIPES = EXAMPLES / "train_generation.py", sorted((EXAMPLES / "recipes").glob("generation*.yaml"))
+WEIGHTS = "pipeline/model/model.safetensors"
+# Read by PEFT off every model it wraps.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+USUAL = {
+    "mixed_precision": "no",
+    "train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "ema_decay": 0.9,
+    "logging_steps": 1,
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": 9,
+    "max_train_steps": 6,
+    "save_dtype": "float32",
+    "num_proc": 1,
+}
+STREAM = {"streaming": True, "stream_pool": 5}
+LORA = {"lora_rank": 2, "learning_rate": 0.01, "lora_dropout": 0.1}
+MODES = {
+    "detach": {},
+    "none": {"freeze": "none", "lr_scheduler": "cosine"},
+    "accumulated": {"gradient_accumulation_steps": 2, "freeze": "grad"},
+    "stream": STREAM,
+    "LoRA": LORA,
+}
+
+
+def command_line(options):
+    arguments = []
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if value is not False:
+            arguments += [f"--{name}", *([] if value is True else map(str, values))]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_generation", SCRIPT)
+    module = sys.modules["train_generation"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("stage two")
+
+
+@pytest.fixture(scope="module")
+def scans(work):
+    """Four patients to train on, one to validate."""
+    write_layout("synthrad2023-task1", work / "SynthRAD2023", subjects=6, size=32, num_slices=16)
+    return work / "SynthRAD2023"
+
+
+@pytest.fixture(scope="module")
+def start(work, config, processor, make_vae):
+    """The pipeline that the training starts from, saved."""
+    torch.manual_seed(0)
+    model = SynerMedGenForConditionalGeneration(type(config).from_dict(config.to_dict()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    SynerMedGenPipeline(model, processor, make_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(work / "start")
+    return work / "start"
+
+
+@pytest.fixture(scope="module")
+def arguments(start, scans):
+    """The command line of a training into a folder."""
+
+    def arguments(folder, **options):
+        paths = {"pretrained_model_name_or_path": start, "data_dir": scans, "output_dir": folder}
+        return command_line({**paths, **USUAL, **options})
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def train(script, arguments):
+    """`python examples/train_generation.py ...` in this process."""
+
+    def train(folder, **options):
+        try:
+            script.main(script.parse_args(arguments(folder, **options)))
+        finally:
+            # The next one may be of another precision.
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train, work):
+    """A training in one of the modes that nobody disturbed."""
+    return functools.cache(lambda mode: train(work / f"whole {mode}", **MODES[mode]))
+
+
+@pytest.fixture(scope="module")
+def trained(uninterrupted):
+    return uninterrupted("detach")
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [row["loss_mse"] for row in log(folder) if "loss_mse" in row]
+
+
+def weights(folder):
+    return load_file(folder / WEIGHTS)
+
+
+def result(folder):
+    """The bytes of all that was trained."""
+    adapter = folder / "adapter_model.safetensors"
+    return (adapter if adapter.exists() else folder / WEIGHTS).read_bytes()
+
+
+def killed(folder, copy, keep):
+    """A training as it lies there after it was killed, with the checkpoint of step `keep` as its newest."""
+    late = [path.name for path in folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > keep]
+    return shutil.copytree(folder, copy, ignore=lambda *_: ["pipeline", "adapter_model.safetensors", *late])
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is learned
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["detach", "accumulated"])
+def test_the_understanding_branch_and_the_vae_stay_and_the_generation_expert_learns(uninterrupted, start, mode):
+    before, after = load_file(start / "model" / "model.safetensors"), weights(uninterrupted(mode))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved == {name for name in before if part_of(name) == "generation"}
+    assert {"model.vae2llm.weight", "llm2vae.bias", "model.time_embedder.linear_1.weight"} < moved
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (uninterrupted(mode) / "pipeline" / vae).read_bytes() == (start / vae).read_bytes()
+
+
+def test_nothing_but_the_last_word_of_understanding_is_left_out_when_nothing_is_frozen(uninterrupted, start):
+    before, after = load_file(start / "model" / "model.safetensors"), weights(uninterrupted("none"))
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert {"model.language_model.embed_tokens.weight", "model.connector.fc1.weight"} < moved
+    assert "lm_head.weight" not in moved
+
+
+def test_detaching_gives_other_gradients_than_freezing(train, trained, tmp_path):
+    train(tmp_path / "grad", freeze="grad")
+    assert losses(tmp_path / "grad")[0] == losses(trained)[0]
+    assert losses(tmp_path / "grad")[-1] != losses(trained)[-1]
+
+
+def test_every_target_token_counts_the_same_however_a_step_is_cut(train, tmp_path):
+    """4 samples as one batch, as two of two, and as four of one."""
+    cuts = [{"train_batch_size": 4 // parts, "gradient_accumulation_steps": parts} for parts in (1, 2, 4)]
+    folders = [train(tmp_path / str(number), max_train_steps=3, **cut) for number, cut in enumerate(cuts)]
+    for folder in folders[1:]:
+        assert losses(folder) == pytest.approx(losses(folders[0]), abs=1e-4)
+        assert largest_difference(weights(folder), weights(folders[0])) < 1e-4
+
+
+def test_what_is_saved_is_the_moving_average(train, tmp_path):
+    train(tmp_path / "average", ema_decay=0.9)
+    train(tmp_path / "last", ema_decay=0)
+    assert losses(tmp_path / "average") == losses(tmp_path / "last")
+    assert largest_difference(weights(tmp_path / "average"), weights(tmp_path / "last")) > 1e-5
+
+
+def test_the_saved_pipeline_knows_its_routes(trained):
+    pipe = SynerMedGenPipeline.from_pretrained(trained / "pipeline")
+    wanted = {f"{region}/{route}" for region in ("brain", "pelvis") for route in ("MRI-CT", "CT-MRI")}
+    assert set(pipe.model.config.trained_routes) == wanted
+    card = (trained / "pipeline" / "README.md").read_text()
+    assert "Stage II (6 steps) on SynthRAD2023." in card and "simulated" not in card
+
+
+def test_adapters_are_those_of_the_generation_expert_alone(uninterrupted, train, start, tmp_path):
+    names = load_file(uninterrupted("LoRA") / "adapter_model.safetensors").keys()
+    assert names and all("_moe_gen" in name and ".lora_" in name for name in names)
+    assert not (uninterrupted("LoRA") / "pipeline").exists()
+    train(tmp_path / "merged", merge_adapter=True, **LORA)
+    before, after = load_file(start / "model" / "model.safetensors"), weights(tmp_path / "merged")
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved and all(re.search(r"_(proj_moe_gen|moe_gen\.\w+_proj)\.weight", name) for name in moved)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(train, trained, tmp_path):
+    train(tmp_path / "out", gradient_checkpointing=True)
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained), rel=1e-4)
+
+
+def test_half_precision_trains_float32_weights(train, trained, tmp_path):
+    train(tmp_path / "out", mixed_precision="bf16")
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained), rel=0.05)
+    assert losses(tmp_path / "out") != losses(trained)
+
+
+def test_validation_judges_fixed_slices_and_changes_nothing(train, trained, tmp_path):
+    pytest.importorskip("skimage")
+    train(tmp_path / "out", validation_steps=3, validation_images=2, sampling_steps=2, guidance_scale=1)
+    assert losses(tmp_path / "out") == losses(trained)
+    assert result(tmp_path / "out") == result(trained)
+    rows = [row for row in log(tmp_path / "out") if "loss_mse" not in row]
+    assert [row["step"] for row in rows] == [3, 6]
+    assert {f"validation/loss_mse/t={t}" for t in (0.125, 0.375, 0.625, 0.875)} < rows[0].keys()
+    saved = json.loads((tmp_path / "out" / "validation" / "6.json").read_text())
+    assert len(saved["slices"]) == 2 and all(row["protocol"] for row in saved["slices"])
+    made = {name.split("validation/")[1] for name in rows[1] if name != "step" and "loss_mse" not in name}
+    assert made and {f"{beside}/{name}" for beside in ("copy", "ceiling") for name in made} == saved["beside"].keys()
+    assert min(Image.open(tmp_path / "out" / "validation" / "6.png").size) > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_training_killed_twice_is_identical_to_an_uninterrupted_one(uninterrupted, train, tmp_path, mode):
+    whole = uninterrupted(mode)
+    once = killed(whole, tmp_path / "once", keep=2)
+    train(once, resume_from_checkpoint="latest", **MODES[mode])
+    twice = killed(once, tmp_path / "twice", keep=4)
+    train(twice, resume_from_checkpoint="latest", **MODES[mode])
+    for folder in (once, twice):
+        assert losses(folder) == losses(whole) and len(losses(whole)) == 6
+        assert result(folder) == result(whole)
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(trained, uninterrupted):
+    frozen = [
+        name
+        for name in load_file(trained / "checkpoint-6" / "model.safetensors")
+        if part_of(name) in ("understanding", "vision")
+    ]
+    assert frozen == []
+    adapter = load_file(uninterrupted("LoRA") / "checkpoint-6" / "model.safetensors")
+    assert adapter and all("lora_" in name for name in adapter)
+
+
+def test_old_checkpoints_go_when_the_new_one_is_whole(train, tmp_path):
+    train(tmp_path / "out", checkpoints_total_limit=1)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_disk_that_fills_up_leaves_the_previous_checkpoint_whole(trained, train, script, tmp_path, monkeypatch):
+    write = script.write_whole
+
+    def fills_up(path, text):
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_whole", fills_up)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(tmp_path / "out", checkpoints_total_limit=1)
+    assert script.checkpoints(tmp_path / "out") == [tmp_path / "out" / "checkpoint-2"]
+    train(tmp_path / "out", checkpoints_total_limit=1, resume_from_checkpoint="latest")
+    assert result(tmp_path / "out") == result(trained)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_latest_of_nothing_is_the_beginning(trained, train, tmp_path):
+    train(tmp_path / "out", resume_from_checkpoint="latest")
+    assert result(tmp_path / "out") == result(trained)
+
+
+@pytest.mark.parametrize("mode", ["detach", "stream"])
+def test_other_data_are_noticed_when_a_training_goes_on(uninterrupted, train, tmp_path, mode):
+    write_layout("synthrad2023-task1", tmp_path / "other", subjects=7, size=32, num_slices=16)
+    folder = killed(uninterrupted(mode), tmp_path / "out", keep=2)
+    options = {**MODES[mode], "data_dir": tmp_path / "other", "resume_from_checkpoint": "latest"}
+    with pytest.raises(SystemExit, match="The data are not those that .*checkpoint-2 was trained on.*--allow_changed"):
+        train(folder, **options)
+    train(folder, allow_changed_data=True, **options)
+    assert [row["step"] for row in log(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_frozen_weights_are_noticed_when_a_training_goes_on(trained, train, start, tmp_path):
+    folder = killed(trained, tmp_path / "out", keep=2)
+    shutil.copytree(start, tmp_path / "start")
+    file = tmp_path / "start" / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.connector.fc1.weight"] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(SystemExit, match="frozen weights"):
+        train(folder, pretrained_model_name_or_path=tmp_path / "start", resume_from_checkpoint="latest")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["detach", "stream"])
+def test_wherever_latents_are_kept_the_training_is_the_same(uninterrupted, train, tmp_path, mode):
+    caches = [
+        {"latent_cache": "off"},
+        {"latent_cache_dir": tmp_path / "cache"},
+        {"latent_cache_dir": tmp_path / "cache"},
+    ]
+    caches[2]["latent_cache"] = "disk"
+    for number, cache in enumerate(caches):
+        train(tmp_path / str(number), **MODES[mode], **cache)
+        assert result(tmp_path / str(number)) == result(uninterrupted(mode))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) > 10
+
+
+def test_latents_of_another_codec_are_refused(train, tmp_path):
+    train(tmp_path / "one", latent_cache_dir=tmp_path / "cache", max_train_steps=1)
+    with pytest.raises(ValueError, match="holds latents of another codec"):
+        train(tmp_path / "two", latent_cache_dir=tmp_path / "cache", mixed_precision="bf16")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_cases(train, tmp_path):
+    with pytest.raises(FloatingPointError, match="The loss of step [12] is not a number.*synthrad2023") as error:
+        train(tmp_path / "out", learning_rate=1e37)
+    kept = sorted((tmp_path / "out").glob("nan-step-*.safetensors"))
+    with safe_open(kept[0], "pt") as file:
+        assert {"latents", "velocity_labels", "input_ids"} <= set(file.keys())
+        cases = json.loads(file.metadata()["cases"])
+    assert cases and all(case in str(error.value) for case in cases)
+    assert not (tmp_path / "out" / "pipeline").exists()
+
+
+def test_a_checkpoint_that_is_not_complete_is_refused(train, start, tmp_path):
+    shutil.copytree(start, tmp_path / "start")
+    file = tmp_path / "start" / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.connector.fc1.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="connector.fc1.weight"):
+        train(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "start")
+    with pytest.raises(SystemExit, match="vision weights, which this training would leave as random numbers"):
+        options = {"allow_missing": ["*connector*"], "pretrained_model_name_or_path": tmp_path / "start"}
+        train(tmp_path / "out", **options)
+
+
+def test_sizes_that_cannot_be_cut_into_tokens_are_refused(train, start, tmp_path):
+    shutil.copytree(start, tmp_path / "start")
+    for file in (tmp_path / "start").rglob("processor_config.json"):
+        content = json.loads(file.read_text())
+        content["image_processor"]["vae_size"]["stride"] = 8
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not divisible by the 16 pixels of a token"):
+        train(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "start")
+
+
+def test_a_route_without_a_pair_is_said(train, tmp_path, caplog):
+    train(tmp_path / "out", routes=["MRI-CT", "pelvis/MRI-PET"], max_train_steps=1)
+    assert "There is no pair of the route pelvis/MRI-PET" in caplog.text
+
+
+def test_a_folder_that_holds_a_training_is_not_written_over(train, trained):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="holds an earlier training.*--resume_from_checkpoint latest"):
+        train(trained)
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"lora_rank": 2, "freeze": "none"}, "generation expert alone"),
+        ({"latent_cache": "disk"}, "--latent_cache_dir"),
+        ({"resume_from_checkpoint": "nowhere"}, "There is no checkpoint nowhere"),
+        ({"drop_vae": 1.5}, r"probability of vae must be within \[0, 1\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(train, tmp_path, capsys, options, said):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        train(tmp_path / "out", **options)
+    assert re.search(said, f"{error.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is there")
+def test_what_must_be_installed_is_said(train, tmp_path):
+    with pytest.raises(SystemExit, match="pip install bitsandbytes"):
+        train(tmp_path / "out", use_8bit_adam=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_read_and_the_command_line_has_the_last_word(script, recipe, tmp_path):
+    more = ["--pretrained_model_name_or_path", "start", "--output_dir", str(tmp_path), "--max_train_steps", "7"]
+    more += ["--latent_cache_dir", str(tmp_path)]
+    args = script.parse_args(["--config", str(recipe), *more])
+    assert args.max_train_steps == 7
+    for name, value in yaml.safe_load(recipe.read_text()).items():
+        if name not in ("pretrained_model_name_or_path", "output_dir", "max_train_steps"):
+            assert getattr(args, name) == value, name
+
+
+def test_there_are_recipes_and_each_says_what_it_takes():
+    assert [recipe.stem for recipe in RECIPES] == [
+        "generation_full_8gpu",
+        "generation_single_gpu_lora",
+        "generation_tiny",
+    ]
+    assert all("worked out" in recipe.read_text() and "hours" in recipe.read_text() for recipe in RECIPES)
+
+
+def test_an_unknown_argument_of_a_recipe_is_refused(script, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("learning_rat: 1.0\n")
+    with pytest.raises(SystemExit):
+        script.parse_args(["--config", str(tmp_path / "recipe.yaml")])
+    assert "learning_rat" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_processes(arguments, count, timeout=300, succeeds=True):
+    """`torchrun` on the CPU; after `timeout` seconds it ends its processes, as it does when it is told to end."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*launch, str(SCRIPT), *arguments], env=environment) as process:
+        try:
+            assert (process.wait(timeout) == 0) == succeeds
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["detach", "none"])
+def test_two_processes_do_what_one_does_with_twice_the_batch(train, arguments, tmp_path, mode):
+    train(tmp_path / "one", **MODES[mode], train_batch_size=4)
+    in_processes(arguments(tmp_path / "two", **MODES[mode]), 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
+    resumed = killed(tmp_path / "two", tmp_path / "resumed", keep=2)
+    in_processes(arguments(resumed, **MODES[mode], resume_from_checkpoint="latest"), 2)
+    assert result(resumed) == result(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_read_shares_of_a_stream_of_different_length(arguments, tmp_path):
+    """Three patients on one, one on the other; a pool is longer than that."""
+    options = {"streaming": True, "stream_pool": 40, "train_batch_size": 1}
+    in_processes(arguments(tmp_path / "two", **options), 2, timeout=120)
+    assert len(losses(tmp_path / "two")) == 6
+    resumed = killed(tmp_path / "two", tmp_path / "resumed", keep=2)
+    in_processes(arguments(resumed, **options, resume_from_checkpoint="latest"), 2, timeout=120)
+    assert result(resumed) == result(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_when_a_loss_is_no_number(arguments, tmp_path):
+    in_processes(arguments(tmp_path / "out", learning_rate=1e37), 2, timeout=120, succeeds=False)
+    assert list((tmp_path / "out").glob("nan-step-*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_moments_ends_in_the_same_weights(train, arguments, tmp_path):
+    options = {"max_train_steps": 30, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    train(tmp_path / "whole", **options)
+    folder, rng, kills = tmp_path / "killed", random.Random(0), 0
+    while kills < 20:
+        with subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments(folder, **options, resume_from_checkpoint="latest")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            newest = max(numbers(folder), default=0)
+            while process.poll() is None and max(numbers(folder), default=0) <= newest:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            process.kill()
+        if process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert kills > 5
+    train(folder, **options, resume_from_checkpoint="latest")
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def numbers(folder):
+    return [
+        int(path.name.removeprefix("checkpoint-"))
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
+
+
+@pytest.mark.slow
+def test_four_pairs_are_learned_by_heart(script, tmp_path):
+    """The bundled weights, one slice of four routes: SSIM above 0.95 of what the autoencoder lets through."""
+    pytest.importorskip("skimage")
+    routes = ["brain/MRI-CT", "brain/CT-MRI", "brain/T1-T2", "whole-body/CT-PET"]
+    options = {"pretrained_model_name_or_path": checkpoint_path(), "output_dir": tmp_path / "out", "routes": routes}
+    options |= {"cache_dir": tmp_path / "phantom", "train_cases": 1, "slices_per_case": 1, "num_proc": 1}
+    options |= {"drop_text": 0, "drop_vae": 0, "drop_vit": 0, "drop_region": 0, "multi_source": 0, "freeze": "none"}
+    options |= {"train_batch_size": 8, "max_train_steps": 1000, "lr_warmup_steps": 20, "checkpointing_steps": 10_000}
+    options |= {"ema_decay": 0.99, "save_dtype": "float32", "sampling_steps": 20}
+    options |= {"guidance_scale": 1, "image_guidance_scale": 1}
+    args = script.parse_args(command_line(options))
+    script.main(args)
+    pipe = SynerMedGenPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    codec, ceiling = pipe.processor.image_processor, Ceiling(pipe.vae, pipe.processor.image_processor)
+    rows = [PAIR_FEATURES.decode_example(row) for row in script.load_pairs(args, "train", False, 1)]
+    assert len(rows) == 4
+    for row in rows:
+        window = row["source_window"]
+        how = {"source": row["source_modality"], "target": row["target_modality"], "region": row["region"], "seed": 1}
+        if "percentile" in codec.intensity[row["source_modality"]]:
+            how["window"] = (window["low"], window["high"])
+        made = pipe(np.asarray(row["source_image"]), output_type="np", **how).images[0]
+        judge = {"protocol": "paper_frame", "modality": row["target_modality"]}
+        wanted = true_target(codec, row)
+        ours, best = (
+            evaluate_case(one, wanted, **judge)["metrics"]["ssim_u8_frame"] for one in (made, ceiling([row], [0])[0])
+        )
+        assert ours > 0.95 * best, (row["source_modality"], row["target_modality"], ours, best)
+
+
+def test_the_rows_of_a_data_set_are_those_that_are_trained_on(script, arguments, scans, tmp_path):
+    args = script.parse_args(arguments(tmp_path / "out", routes=["MRI-CT"]))
+    rows = script.load_pairs(args, "train", False, 1)
+    wanted = load_dataset("synermed", "pairs", data_dir=str(scans), split="train", routes=["MRI-CT"])
+    assert len(rows) == len(wanted) and set(rows["target_modality"]) == {"CT"}
