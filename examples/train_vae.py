@@ -2,7 +2,8 @@
 
     python examples/train_vae.py --output_dir runs/vae
 
-One grey-level slice in [-1, 1] (the image processor's codec) becomes a latent of a quarter of its side. The loss is
+One slice in [-1, 1] becomes a latent of a quarter of its side. Its three channels hold the same grey levels, or, with
+`--codec bands`, three windows of CT, CBCT and PET; the pipeline's processor then needs the same windows. The loss is
 L1 + SSIM + a light KL term; there is no adversary, since an invented texture is the last thing wanted here. At the end
 `scaling_factor` and `shift_factor` are measured on the training latents, so that the generator sees unit variance.
 
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from synermedgen_hf.data.phantom import load_phantom
-from synermedgen_hf.image_processing_synermedgen import SynerMedGenImageProcessor
+from synermedgen_hf.image_processing_synermedgen import CODECS, SynerMedGenImageProcessor, set_codec
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--train_cases", type=int, default=200, help="simulated subjects per protocol")
     parser.add_argument("--slices_per_case", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--codec", choices=CODECS, default="plain", help="how a slice fills the three channels")
     parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 48, 64])
     parser.add_argument("--latent_channels", type=int, default=4)
     parser.add_argument("--layers_per_block", type=int, default=1)
@@ -56,13 +58,18 @@ def parse_args(argv=None):
 
 
 def encode_slices(cases, image_processor) -> torch.Tensor:
-    """Every slice of every modality as the codec sees it: `(n, height, width)` float16 in [-1, 1]."""
+    """
+    Every slice of every modality as the codec sees it, float16 in [-1, 1]: `(n, 3, height, width)`, or
+    `(n, 1, height, width)` where all three channels are the same.
+    """
+    spread = any("bands" in spec for spec in image_processor.intensity.values())
     slices = []
     for case in tqdm(cases, desc="codec"):
         for modality, volume in case.images.items():
             window = image_processor.intensity_window(volume, modality)
             for image in volume:
-                slices.append(image_processor.preprocess_slice(image, modality, window).vae_pixels[0].half())
+                pixels = image_processor.preprocess_slice(image, modality, window).vae_pixels
+                slices.append(pixels[: 3 if spread else 1].half())
     return torch.stack(slices)
 
 
@@ -88,14 +95,20 @@ def main(args):
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise SystemExit("This small autoencoder is trained by one process: run the script with python.")
-    set_seed(args.seed)
     image_processor = SynerMedGenImageProcessor(
-        vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": 14112 * 128}
+        vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": 14112 * 128},
+        intensity=set_codec(SynerMedGenImageProcessor.intensity, args.codec),
     )
     cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
     data = encode_slices(cases, image_processor)
     logger.info("%d slices of %d simulated subjects", len(data), len(cases))
+    train(args, data, accelerator)
+    accelerator.end_training()
 
+
+def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
+    """Train on slices from [`encode_slices`], save to `args.output_dir / "vae"`, and return what was saved."""
+    set_seed(args.seed)
     levels = len(args.block_out_channels)
     vae = AutoencoderKL(
         in_channels=3,
@@ -135,11 +148,14 @@ def main(args):
     done = step >= args.max_train_steps
     while not done:
         for pixels in loader:
-            pixels = pixels.float()[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            channels = pixels.shape[1]
+            pixels = pixels.float().expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
             with accelerator.autocast():
                 posterior = accelerator.unwrap_model(vae).encode(pixels).latent_dist
                 decoded = accelerator.unwrap_model(vae).decode(posterior.sample()).sample
-            made, wanted = decoded.float().mean(1, keepdim=True), pixels[:, :1]
+            # Equal channels are averaged when they are read, bands are not.
+            made = decoded.float() if channels == 3 else decoded.float().mean(1, keepdim=True)
+            wanted = pixels[:, :channels]
             l1, ssim = (decoded.float() - pixels).abs().mean(), ssim_loss(made, wanted)
             kl = posterior.kl().float().mean() / posterior.mean[0].numel()
             loss = l1 + args.ssim_weight * ssim + args.kl_weight * kl
@@ -168,7 +184,7 @@ def main(args):
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
     logger.info("saved %s", args.output_dir / "vae")
-    accelerator.end_training()
+    return vae
 
 
 def open_log(path: Path, step: int):
@@ -187,7 +203,7 @@ def open_log(path: Path, step: int):
 @torch.no_grad()
 def measure_latents(vae, data: torch.Tensor, batch_size: int, n: int = 512):
     """Set `shift_factor` and `scaling_factor` so that `(z - shift) * scale` has mean 0 and variance 1."""
-    chosen = data[torch.linspace(0, len(data) - 1, min(n, len(data))).long()].float()[:, None].expand(-1, 3, -1, -1)
+    chosen = data[torch.linspace(0, len(data) - 1, min(n, len(data))).long()].float().expand(-1, 3, -1, -1)
     latents = torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mean for batch in chosen.split(batch_size)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 

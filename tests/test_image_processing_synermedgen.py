@@ -1,6 +1,7 @@
 """The image processor: every way in has an exact way back, and what is no slice is refused in words."""
 
 import base64
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from PIL import Image
 
 from synermedgen_hf.image_processing_synermedgen import (
     SynerMedGenImageProcessor,
+    from_channels,
     load_slice,
     patchify,
     picture_pixels,
     resize_shape,
+    set_codec,
     square_padding,
+    to_channels,
     to_display,
     unpatchify,
 )
@@ -138,6 +142,140 @@ def test_intensity_refusals(processor):
         SynerMedGenImageProcessor(intensity={"CT": {"unit": "HU", "low": 0, "high": 1, "scale": "log"}})
     with pytest.raises(ValueError, match="needs 'high'"):
         SynerMedGenImageProcessor(intensity={"CT": {"unit": "HU", "low": 0, "scale": "linear"}})
+
+
+# ---- bands: one scanner value over three channels ----
+
+
+@pytest.fixture
+def banded():
+    return SynerMedGenImageProcessor(intensity=set_codec(SynerMedGenImageProcessor.intensity, "bands"))
+
+
+def asinh_pet(codec):
+    pet = {"unit": "SUV", "low": 0.0, "high": 20.0, "scale": "asinh", "softening": 1.0}
+    return SynerMedGenImageProcessor(intensity=set_codec({**SynerMedGenImageProcessor.intensity, "PET": pet}, codec))
+
+
+def test_bands_are_windows_of_the_same_slice(banded):
+    hounsfield = np.float32([[-1024, -160, 40, 240, 850, 3071]])
+    encoded, record = banded.encode_intensity(hounsfield, "CT")
+    assert record["bands"] == [[-160.0, 240.0], [200.0, 1500.0]] and json.loads(json.dumps(record)) == record
+    whole, soft, bone = to_channels(encoded, record)
+    assert np.array_equal(whole, encoded[0:1])
+    np.testing.assert_allclose(soft, [[-1, -1, 0, 1, 1, 1]], atol=1e-6)
+    np.testing.assert_allclose(bone, [[-1, -1, -1, -1 + 2 * 40 / 1300, 0, 1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("make", [lambda: asinh_pet("bands"), lambda: asinh_pet("plain")], ids=["bands", "plain"])
+def test_channels_that_agree_give_back_what_went_in(make, modality):
+    processor = make()
+    record = processor.target_record(modality)
+    values = np.linspace(record["low"], record["high"], 100_000, dtype=np.float32)[None]
+    encoded, _ = processor.encode_intensity(values, modality, (record["low"], record["high"]))
+    back = processor.decode_intensity(from_channels(to_channels(encoded, record), record), record)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, values, atol=(record["high"] - record["low"]) * 3e-7)
+
+
+def test_fused_values_change_without_a_jump(banded):
+    record = banded.target_record("CT")
+    whole, others = np.linspace(-1, 1, 200_001), np.linspace(-1, 1, 9)
+    for soft in others:
+        for bone in others:
+            channels = np.stack([whole[None], np.full((1, 200_001), soft), np.full((1, 200_001), bone)])
+            # A step of 1e-5 moves the answer by a limited factor, also where channels contradict one another; a jump
+            # would be of the size of a band.
+            assert np.abs(np.diff(from_channels(channels, record))).max() < 2e-3
+
+
+def test_equal_errors_count_for_less_in_a_band(banded, random):
+    hounsfield = random.uniform(-100, 180, (64, 64)).astype(np.float32)
+    encoded, record = banded.encode_intensity(hounsfield, "CT")
+    noise = 0.01 * random.standard_normal((3, 64, 64)).astype(np.float32)
+
+    def error(record):
+        fused = from_channels(to_channels(encoded, record) + noise, record)
+        return np.abs(banded.decode_intensity(fused, record) - hounsfield).mean()
+
+    plain = {key: value for key, value in record.items() if key != "bands"}
+    assert error(plain) > 8 and error(record) < 2  # HU
+
+
+@pytest.mark.parametrize("value", [-1000, -500, -250, 2000])
+def test_a_band_has_no_say_outside_of_it(banded, value):
+    encoded, record = banded.encode_intensity(np.full((1, 1), value, np.float32), "CT")
+    channels = to_channels(encoded, record)
+    channels[1:] += np.where(channels[1:] < 0, 0.1, -0.1)  # saturated, as a VAE gives it back: not quite
+    fused = banded.decode_intensity(from_channels(channels, record), record)
+    assert fused[0, 0] == pytest.approx(value, abs=25)  # HU; the bands alone would say -140 or 1435
+
+
+def test_a_window_of_the_user_moves_the_bands_along(banded):
+    record = banded.encode_intensity(np.zeros((8, 8)), "CBCT", window=(0, 4095))[1]  # counts from 0 instead of -1024
+    np.testing.assert_allclose(record["bands"], [[864, 1264], [1224, 2524]])
+    narrow = banded.encode_intensity(np.float32([[-100, 0, 50, 100]]), "CT", window=(-100, 100))
+    back = banded.decode_intensity(from_channels(to_channels(*narrow), narrow[1]), narrow[1])
+    np.testing.assert_allclose(back, [[-100, 0, 50, 100]], atol=1e-4)
+    assert "bands" not in banded.encode_intensity(np.zeros((8, 8)), None, window=(0, 1))[1]
+
+
+def test_padding_is_the_low_end_of_every_channel(banded):
+    inputs = banded.preprocess_slice(np.full((256, 512), 1000, np.float32), "CT")
+    assert (inputs.vae_pixels[:, :128] == -1).all() and (inputs.vae_pixels[1, 130:380] == 1).all()
+
+
+def test_a_slice_in_bands_comes_back_on_its_own_grid(banded):
+    hounsfield = smooth_slice(197, 233)
+    inputs = banded.preprocess_slice(hounsfield, "CT")
+    back = banded.postprocess_slice(inputs.vae_pixels, inputs.intensity, inputs.geometry)
+    plain = SynerMedGenImageProcessor().preprocess_slice(hounsfield, "CT")
+    expected = SynerMedGenImageProcessor().postprocess_slice(plain.vae_pixels, plain.intensity, plain.geometry)
+    np.testing.assert_allclose(back, expected, atol=2e-3)
+    # The ViT goes on seeing the whole window: understanding does not depend on the codec.
+    assert torch.equal(inputs.vit_patches, plain.vit_patches)
+
+
+def test_an_8_bit_picture_in_bands_comes_back(banded):
+    grey = np.tile(np.arange(256, dtype=np.uint8), (512, 2))
+    inputs = banded.preprocess_slice(Image.fromarray(grey), "CT")
+    hounsfield = banded.postprocess_slice(inputs.vae_pixels, inputs.intensity, inputs.geometry)
+    assert np.array_equal(np.asarray(to_display(hounsfield, inputs.intensity)), grey)
+
+
+def test_bands_are_saved_with_the_weights_and_old_ones_stay_plain(banded, tmp_path):
+    banded.save_pretrained(tmp_path / "new")
+    assert SynerMedGenImageProcessor.from_pretrained(tmp_path / "new").intensity == banded.intensity
+    SynerMedGenImageProcessor().save_pretrained(tmp_path / "old")
+    loaded = SynerMedGenImageProcessor.from_pretrained(tmp_path / "old")
+    assert not any("bands" in spec for spec in loaded.intensity.values())
+    assert set_codec(banded.intensity, "plain") == loaded.intensity
+
+
+def test_plain_windows_are_what_they_were_to_the_bit():
+    """Digests of inputs and outputs from before there were bands: checkpoints that have none must not notice them."""
+    processor, random = asinh_pet("plain"), np.random.default_rng(0)
+    digest = hashlib.sha256()
+    for modality in MODALITIES:
+        low, high = {"CT": (-1100, 3200), "CBCT": (-1100, 3200), "PET": (0, 22)}.get(modality, (0, 900))
+        inputs = processor.preprocess_slice(random.uniform(low, high, (96, 128)).astype(np.float32), modality)
+        decoded = inputs.vae_pixels + torch.from_numpy(0.1 * random.standard_normal(inputs.vae_pixels.shape)).float()
+        back = processor.postprocess_slice(decoded, processor.target_record(modality), inputs.geometry)
+        for array in (inputs.vae_pixels.numpy(), inputs.vit_patches.numpy(), back):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(json.dumps(inputs.intensity).encode())
+    assert digest.hexdigest() == "bee3f62eb09a9450a3fb257a9b2abb9168cd38230dcdbb4f6aeca81658fbe6d3"
+
+
+def test_bands_that_cannot_be(banded):
+    for bands in ([[-160, 240]], [[-160, 240], [200, 4000]], [[240, -160], [200, 1500]]):
+        with pytest.raises(ValueError, match=r"intensity\['CT'\]: bands must be two windows .* inside of"):
+            SynerMedGenImageProcessor(
+                intensity={"CT": {"unit": "HU", "low": -1024, "high": 3071, "scale": "linear", "bands": bands}}
+            )
+    with pytest.raises(ValueError, match="Unknown codec 'rgb'. Choose one of plain, bands"):
+        set_codec(banded.intensity, "rgb")
 
 
 # ---- geometry ----

@@ -5,6 +5,8 @@ What is special here:
 - A slice is a float32 array in Hounsfield units, SUV or MR signal. One invertible *intensity record* says how it
   became [-1, 1]; one *geometry record* says how it was padded. `postprocess_slice` undoes both, so the answer lies
   pixel on pixel on the question.
+- A VAE reads three channels. They hold the grey slice three times (the *plain* codec), or, for the modalities whose
+  window is wide, the whole window and two narrower bands of it (the *bands* codec): see [`to_channels`].
 - Nothing is cropped, nothing passes through 8 bits (a 16-bit PNG keeps all its levels), resizing is float32 bicubic.
 - Ordinary pictures without a modality (understanding) take BAGEL's own path, 8-bit RGB, so its checkpoints see what
   they were trained on.
@@ -32,6 +34,14 @@ logger = logging.get_logger(__name__)
 _MR = {"unit": "a.u.", "percentile": 99.5, "low": 0.0, "reference_high": 1000.0, "scale": "linear"}
 _CT = {"unit": "HU", "low": -1024.0, "high": 3071.0, "scale": "linear"}  # the 12 bits a CT stores
 _PET = {"unit": "SUV", "low": 0.0, "high": 20.0, "scale": "linear"}
+# The second and third channel of the bands codec, in scanner units; the first always holds the whole window.
+BANDS = {
+    "CT": [[-160.0, 240.0], [200.0, 1500.0]],  # soft tissue, bone
+    "CBCT": [[-160.0, 240.0], [200.0, 1500.0]],
+    "PET": [[0.0, 2.5], [2.0, 8.0]],  # background and most organs, lesions and what excretes
+}
+CODECS = ("plain", "bands")
+_BAND_REACH = 0.05  # of [-1, 1], beyond a band's ends: the first channel may err by so much and still be corrected
 _SMALLEST_SIDE = 8  # pixels
 _NOT_PICTURES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".dcm")
 
@@ -41,10 +51,10 @@ class SliceInputs:
     """One slice, ready for the model, with what is needed to come back.
 
     Attributes:
-        vae_pixels (`torch.Tensor` of shape `(3, H, W)`): float32 in [-1, 1], the grey slice three times.
+        vae_pixels (`torch.Tensor` of shape `(3, H, W)`): float32 in [-1, 1], see [`to_channels`].
         vit_patches (`torch.Tensor` of shape `(N, patch * patch * 3)`): float32 in [-1, 1].
         vit_grid (`tuple[int, int]`): rows and columns of the patch grid, `N = rows * columns`.
-        intensity (`dict`): modality, unit, low, high, scale; read by `decode_intensity`.
+        intensity (`dict`): modality, unit, low, high, scale, perhaps bands; read by `decode_intensity`.
         geometry (`dict`): height, width, pad (top, bottom, left, right); read by `postprocess_slice`.
     """
 
@@ -133,6 +143,68 @@ def resize_float(image: np.ndarray, height: int, width: int) -> np.ndarray:
     # Mode "F" is the one in which Pillow keeps float32 from end to end.
     picture = Image.fromarray(np.ascontiguousarray(image, np.float32))
     return np.clip(np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)), -1.0, 1.0)
+
+
+def set_codec(intensity: dict[str, dict[str, Any]], codec: str) -> dict[str, dict[str, Any]]:
+    """The windows of `intensity` with the bands of [`BANDS`] (`codec="bands"`), or without any (`codec="plain"`)."""
+    if codec not in CODECS:
+        raise ValueError(f"Unknown codec {codec!r}. Choose one of {', '.join(CODECS)}.")
+    bands = BANDS if codec == "bands" else {}
+    plain = {name: {key: spec[key] for key in spec if key != "bands"} for name, spec in intensity.items()}
+    return {name: {**spec, "bands": bands[name]} if name in bands else spec for name, spec in plain.items()}
+
+
+def to_channels(encoded: np.ndarray, record: dict[str, Any]) -> np.ndarray:
+    """
+    One slice in [-1, 1] as the three channels that a VAE reads.
+
+    Without `bands` in the record they are equal. With them, the first channel is the slice itself and the others are
+    windows inside its window, clipped: an error of the VAE, which has about the same size in every channel, then counts
+    for fewer HU or SUV where a narrower band shows the same pixel. A VAE that was trained on pictures (BAGEL's own) can
+    carry such a slice, but it looks like false colour to it, and no measurement says yet how well it does.
+
+    Args:
+        encoded (`np.ndarray` of shape `(H, W)`): from `encode_intensity`.
+        record (`dict`): its record.
+
+    Returns:
+        `np.ndarray` of shape `(3, H, W)`: float32 in [-1, 1]; -1, the low end, is -1 in every channel.
+    """
+    if "bands" not in record:
+        return np.repeat(np.asarray(encoded, np.float32)[None], 3, axis=0)
+    channels = [2 * (encoded - low) / (high - low) - 1 for low, high in _to_unit(np.array(record["bands"]), record)]
+    return np.stack([encoded, *np.clip(channels, -1, 1)]).astype(np.float32)
+
+
+def from_channels(channels: np.ndarray, record: dict[str, Any]) -> np.ndarray:
+    """
+    Three decoded channels as one slice: the inverse of [`to_channels`], exact where the VAE made no error.
+
+    Equal channels are averaged. Bands are fused by one Gauss-Newton step of least squares from the first channel, which
+    has seen every value: with errors of one size in every channel, a band counts by the inverse of its squared width.
+    A band has no say where the first channel lies well outside of it (there it is saturated), and gains it over a
+    short way (`_BAND_REACH`), so that the result is continuous. Where the channels agree, the step is zero: the inverse
+    is exact.
+
+    Args:
+        channels (`np.ndarray` of shape `(3, H, W)`): about [-1, 1]; values outside are clipped.
+        record (`dict`): of the target.
+
+    Returns:
+        `np.ndarray` of shape `(H, W)`: float32 in [-1, 1], for `decode_intensity`.
+    """
+    if "bands" not in record:
+        return np.clip(channels.mean(axis=0, dtype=np.float32), -1.0, 1.0)
+    whole, *bands = np.clip(np.asarray(channels, np.float64), -1, 1)
+    ends = _to_unit(np.array(record["bands"]), record)
+    step, weights = 0.0, 1.0
+    for band, (low, high) in zip(bands, ends, strict=True):
+        full, outside = (2 / (high - low)) ** 2, np.maximum(low - whole, whole - high)
+        near = np.clip(1 - outside / _BAND_REACH, 0, 1)
+        weight = full * near / (1 + full * (1 - near))  # the band's share of the mean grows evenly, not the weight
+        step = step + weight * (low + (band + 1) / 2 * (high - low) - np.clip(whole, low, high))
+        weights = weights + weight
+    return np.clip(whole + step / weights, -1, 1).astype(np.float32)
 
 
 def picture_pixels(picture: Image.Image, size: dict[str, int]) -> torch.Tensor:
@@ -325,6 +397,8 @@ class SynerMedGenImageProcessor(PilBackend):
             scanner units, default 1), and either `high` (CT, CBCT: HU; PET: SUV) or, for MR, `percentile` of the
             foreground (values above `low`) together with `reference_high`, the scale of an MR that is *made*, where
             there is nothing to measure. To change one: `{**SynerMedGenImageProcessor.intensity, "PET": {...}}`.
+            `bands`, optional, are two narrower windows `[low, high]` for the second and third channel of the VAE, in
+            the units of this window; another window in a call moves them along. [`set_codec`] sets the usual ones.
         vae_size, vit_size (`dict[str, int]`):
             `max_size`, `min_size`, `stride`, `max_pixels` of [`resize_shape`] for the two images; BAGEL's values.
         vit_patch_size (`int`, defaults to 14): side of a ViT patch in pixels.
@@ -364,6 +438,7 @@ class SynerMedGenImageProcessor(PilBackend):
                 raise ValueError(f"intensity[{modality!r}] needs 'high', or 'percentile' and 'reference_high'.")
             if not spec["low"] < spec.get("high", spec.get("reference_high")):
                 raise ValueError(f"intensity[{modality!r}]: low must be below high.")
+            _check_bands(modality, spec)
 
     # ---- intensity: scanner units <-> [-1, 1] ----
 
@@ -409,17 +484,12 @@ class SynerMedGenImageProcessor(PilBackend):
         spec = {"unit": "a.u.", "scale": "linear"} if modality is None else self._spec(modality)
         low, high = self.intensity_window(array, modality) if window is None else window
         record = _record(modality, spec, low, high)
-        bottom, top = _stretch(np.array([record["low"], record["high"]]), record)
         clipped = np.clip(np.asarray(array, np.float64), record["low"], record["high"])
-        return (2 * (_stretch(clipped, record) - bottom) / (top - bottom) - 1).astype(np.float32), record
+        return _to_unit(clipped, record).astype(np.float32), record
 
     def decode_intensity(self, array: np.ndarray, record: dict[str, Any]) -> np.ndarray:
         """[-1, 1] (clipped to it) back to scanner units, float32: the inverse of `encode_intensity`."""
-        bottom, top = _stretch(np.array([record["low"], record["high"]]), record)
-        values = bottom + (np.clip(np.asarray(array, np.float64), -1, 1) + 1) / 2 * (top - bottom)
-        if record["scale"] == "asinh":
-            values = record["softening"] * np.sinh(values / record["softening"])
-        return values.astype(np.float32)
+        return _from_unit(np.clip(np.asarray(array, np.float64), -1, 1), record).astype(np.float32)
 
     def target_record(
         self, modality: str, reference: dict[str, Any] | tuple[float, float] | None = None
@@ -533,12 +603,13 @@ class SynerMedGenImageProcessor(PilBackend):
             )
         patches, grid = self._vit_patches(self._vit_pixels(padded))
         geometry = {"height": height, "width": width, "pad": pad}
-        return SliceInputs(_grey_to_rgb(resize_float(padded, *size)), patches, grid, intensity, geometry)
+        pixels = torch.from_numpy(to_channels(resize_float(padded, *size), intensity))
+        return SliceInputs(pixels, patches, grid, intensity, geometry)
 
     def postprocess_slice(
         self, pixels: torch.Tensor | np.ndarray, intensity_record: dict[str, Any], geometry_record: dict[str, Any]
     ) -> np.ndarray:
-        """A generated image back to scanner units on the input's grid: channels averaged, resized, padding removed.
+        """A generated image back to scanner units on the input's grid: channels fused, resized, padding removed.
 
         Args:
             pixels (`torch.Tensor` or `np.ndarray` of shape `(3, H, W)`): in [-1, 1]; values outside are clipped.
@@ -554,8 +625,7 @@ class SynerMedGenImageProcessor(PilBackend):
             raise ValueError(f"Expected one image of shape (3, H, W), got {tuple(pixels.shape)}.")
         height, width = geometry_record["height"], geometry_record["width"]
         top, bottom, left, right = geometry_record["pad"]
-        grey = np.clip(pixels.mean(axis=0, dtype=np.float32), -1.0, 1.0)
-        grey = resize_float(grey, top + height + bottom, left + width + right)
+        grey = resize_float(from_channels(pixels, intensity_record), top + height + bottom, left + width + right)
         return self.decode_intensity(grey[top : top + height, left : left + width], intensity_record)
 
     # ---- batches, for understanding: the surface transformers, TRL and pipelines call ----
@@ -648,7 +718,22 @@ def _record(modality: str | None, spec: dict[str, Any], low: float, high: float)
     record = {"modality": modality, "unit": spec["unit"], "low": low, "high": high, "scale": spec["scale"]}
     if spec["scale"] == "asinh":
         record["softening"] = float(spec.get("softening", 1.0))
+    if "bands" in spec:
+        own = {**record, "low": spec["low"], "high": spec.get("high", spec.get("reference_high"))}
+        bands = np.array(spec["bands"], np.float64)
+        moved = (low, high) != (own["low"], own["high"])
+        record["bands"] = (_from_unit(_to_unit(bands, own), record) if moved else bands).tolist()
     return record
+
+
+def _check_bands(modality: str, spec: dict[str, Any]):
+    bands = spec.get("bands", [])
+    window = (spec["low"], spec.get("high", spec.get("reference_high")))
+    inside = all(len(band) == 2 and window[0] <= band[0] < band[1] <= window[1] for band in bands)
+    if "bands" in spec and not (len(bands) == 2 and inside):
+        raise ValueError(
+            f"intensity[{modality!r}]: bands must be two windows [low, high] inside of {list(window)}, got {bands}."
+        )
 
 
 def _stretch(values: np.ndarray, record: dict[str, Any]) -> np.ndarray:
@@ -656,6 +741,19 @@ def _stretch(values: np.ndarray, record: dict[str, Any]) -> np.ndarray:
     if record["scale"] == "linear":
         return values
     return record["softening"] * np.arcsinh(values / record["softening"])
+
+
+def _to_unit(values: np.ndarray, record: dict[str, Any]) -> np.ndarray:
+    """Scanner units to [-1, 1], float64."""
+    bottom, top = _stretch(np.array([record["low"], record["high"]]), record)
+    return 2 * (_stretch(values, record) - bottom) / (top - bottom) - 1
+
+
+def _from_unit(values: np.ndarray, record: dict[str, Any]) -> np.ndarray:
+    """[-1, 1] to scanner units, float64."""
+    bottom, top = _stretch(np.array([record["low"], record["high"]]), record)
+    values = bottom + (values + 1) / 2 * (top - bottom)
+    return record["softening"] * np.sinh(values / record["softening"]) if record["scale"] == "asinh" else values
 
 
 def _grey_to_rgb(image: np.ndarray) -> torch.Tensor:
@@ -677,13 +775,18 @@ def _one_each(value: Any, count: int, name: str, is_list: bool) -> list:
 
 
 __all__ = [
+    "BANDS",
+    "CODECS",
     "SliceInputs",
     "SynerMedGenImageProcessor",
+    "from_channels",
     "load_slice",
     "own_window",
     "patchify",
     "picture_pixels",
     "resize_shape",
+    "set_codec",
+    "to_channels",
     "to_display",
     "unpatchify",
 ]
