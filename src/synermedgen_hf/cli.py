@@ -1,14 +1,19 @@
-"""The command line: `synermedgen COMMAND`. Each command imports what it needs when it runs, so that help is quick."""
+"""The command line: `synermedgen COMMAND`. Each command imports what it needs when it runs, so that help is quick.
 
+Every command has `--json` and ends with one of the exit codes that the help states.
+"""
+
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
 app = typer.Typer(
     name="synermedgen",
     help="SynerMedGen: CT, MRI, CBCT and PET synthesised from one another. Research use only.",
+    epilog="Exit codes: 0 fine, 1 wrong input or failed cases, 2 a command that is not understood, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -29,17 +34,51 @@ class Difficulty(StrEnum):
     mixed = "mixed"
 
 
+class Baseline(StrEnum):
+    copy = "copy"
+    mapping = "mapping"
+    ceiling = "ceiling"
+
+
+class Level(StrEnum):
+    slice = "slice"
+    volume = "volume"
+
+
+class Codec(StrEnum):
+    plain = "plain"
+    bands = "bands"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
 
 
-def run(work, *args, **kwargs):
-    """Run one command's work: its report to stdout, or what is wrong to stderr and exit code 1."""
+class Report(NamedTuple):
+    """What a command found: in words, the same as a dictionary for --json, and the exit code it asks for."""
+
+    text: str
+    record: dict
+    exit_code: int = 0
+
+
+def run(work, *args, as_json: bool = False, **kwargs):
+    """
+    Run one command's work: its report, which is a [`Report`] or text, to stdout; or what is wrong to stderr and exit
+    code 1. With `as_json`, stdout is one JSON object either way.
+    """
     try:
-        typer.echo(work(*args, **kwargs))
-    except (OSError, ValueError) as error:
+        report = work(*args, **kwargs)
+        if not isinstance(report, Report):
+            report = Report(str(report), {"report": str(report)})
+        typer.echo(json.dumps(report.record, indent=2) if as_json else report.text)
+        if report.exit_code:
+            raise typer.Exit(report.exit_code)
+    except (OSError, ValueError, ImportError) as error:
+        if as_json:
+            typer.echo(json.dumps({"error": str(error)}, indent=2))
         typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -53,6 +92,60 @@ AllowMissing = Annotated[
 ]
 AllowUnexpected = Annotated[list[str] | None, typer.Option(help="A tensor, or a pattern with *, that may be left out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds files already.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout instead of text.")]
+Device = Annotated[
+    str | None, typer.Option(help="Compute on it: cpu, cuda, cuda:1, mps; by default a GPU where there is one.")
+]
+
+
+def model_source(model: str | None) -> str:
+    """A folder or a Hub repository as it was named; the bundled weights by their name, or where nothing is named."""
+    from . import checkpoint_path
+
+    if model is None:
+        return str(checkpoint_path())
+    is_bundled = "/" not in model and not Path(model).exists() and (checkpoint_path().parent / model).is_dir()
+    return str(checkpoint_path(model)) if is_bundled else model
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+    ] = None,
+    as_json: Json = False,
+):
+    """Say what a checkpoint can do and where it comes from, without loading its weights."""
+
+    def describe():
+        from .doctor import describe_checkpoint, info_text
+
+        record = describe_checkpoint(model_source(model))
+        return Report(info_text(record), record)
+
+    run(describe, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+    ] = None,
+    device: Device = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test/--no-self-test", help="Load the weights and synthesise one small slice.")
+    ] = True,
+    as_json: Json = False,
+):
+    """Look at the machine, the libraries and a checkpoint, try a synthesis, and say in plain words what to do."""
+
+    def look():
+        from .doctor import doctor_text, examine
+
+        record = examine(model_source(model), device, self_test)
+        return Report(doctor_text(record), record, exit_code=1 if record["problems"] else 0)
+
+    run(look, as_json=as_json)
 
 
 @app.command()
@@ -90,6 +183,7 @@ def convert_bagel(
     allow_missing: AllowMissing = None,
     allow_unexpected: AllowUnexpected = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ):
     """Convert a BAGEL-family checkpoint (BAGEL, UniMedVL, SynerMedGen training runs) to a pipeline of this package."""
     import torch
@@ -113,6 +207,7 @@ def convert_bagel(
         allow_missing=allow_missing or (),
         allow_unexpected=allow_unexpected or (),
         overwrite=overwrite,
+        as_json=as_json,
     )
 
 
@@ -123,6 +218,7 @@ def export_bagel(
     allow_missing: AllowMissing = None,
     allow_unexpected: AllowUnexpected = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ):
     """Write a pipeline in the original layout, byte for byte the inverse of convert-bagel."""
     from .bagel import export_bagel
@@ -134,6 +230,7 @@ def export_bagel(
         allow_missing=allow_missing or (),
         allow_unexpected=allow_unexpected or (),
         overwrite=overwrite,
+        as_json=as_json,
     )
 
 
@@ -157,6 +254,7 @@ def phantom(
     misregistration: Annotated[bool, typer.Option(help="Move modalities against one another by a little.")] = False,
     breathing: Annotated[bool, typer.Option(help="Lift the organs in PET against CT.")] = False,
     num_proc: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    as_json: Json = False,
 ):
     """Write simulated patients in the layout of a public data set, to try things on. Research use only."""
 
@@ -176,7 +274,7 @@ def phantom(
         )
         return f"Wrote {written.cases} cases, {written.files} files, {written.bytes / 1e6:.1f} MB to {written.folder}"
 
-    run(write)
+    run(write, as_json=as_json)
 
 
 @app.command()
@@ -186,6 +284,7 @@ def preview(
     config: Annotated[Questions, typer.Option(help="Which tasks.")] = Questions.understanding,
     rows: Annotated[int, typer.Option(min=1, help="Examples on the sheet.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+    as_json: Json = False,
 ):
     """Write a sheet of understanding tasks for a person to check, and the data card of the set."""
 
@@ -217,7 +316,7 @@ def preview(
         (output / "README.md").write_text(data_card(data_dir.resolve().name, count(), splits))
         return f"Wrote {page} and {output / 'README.md'}"
 
-    run(write)
+    run(write, as_json=as_json)
 
 
 @app.command()
@@ -243,6 +342,12 @@ def evaluate_understanding(
     ] = Questions.understanding,
     split: Annotated[str, typer.Option(help="Of the patients: train, validation or test.")] = "test",
     difficulty: Annotated[Difficulty, typer.Option(help="Of the candidates of CTS.")] = Difficulty.hard,
+    label_images: Annotated[
+        bool,
+        typer.Option(
+            "--label-images", help="Write before each image what the question calls it, as the bundled weights learned."
+        ),
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions; a later run with more goes on from them.")
     ] = None,
@@ -252,14 +357,13 @@ def evaluate_understanding(
     ] = True,
     dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    as_json: Json = False,
 ):
     """Score the understanding tasks on held-out patients: accuracy, confusion, calibration. Research use only."""
 
     def evaluate():
         if (data_dir is None) == (phantom_cases is None):
             raise ValueError("Pass either --data-dir or --phantom-cases.")
-        import json
-
         import torch
         from datasets import load_dataset_builder
         from tqdm.auto import tqdm
@@ -273,7 +377,8 @@ def evaluate_understanding(
         from .metrics.understanding import CASES, answer_questions, resume_cases, summarise, understanding_table
 
         scans = {"data_dir": str(data_dir)} if data_dir else {"phantom_cases": phantom_cases}
-        builder = load_dataset_builder("synermed", config.value, seed=seed, difficulty=difficulty.value, **scans)
+        asked = {"seed": seed, "difficulty": difficulty.value, "label_images": label_images}
+        builder = load_dataset_builder("synermed", config.value, **asked, **scans)
         rows = builder.as_streaming_dataset(split=split)
 
         source = model or checkpoint_path()
@@ -297,8 +402,7 @@ def evaluate_understanding(
             **scans,
             "config": config.value,
             "split": split,
-            "difficulty": difficulty.value,
-            "seed": seed,
+            **asked,
             "text": text,
             "dtype": dtype.value,
             "model": str(source),
@@ -321,9 +425,171 @@ def evaluate_understanding(
             raise ValueError(f"There are no questions of {config.value} in the split {split}.")
         summary = summarise(records)
         write_whole(output / "summary.json", json.dumps({"arguments": arguments, **summary}, indent=2) + "\n")
-        return f"{understanding_table(summary)}\n\nWrote {output / CASES} and {output / 'summary.json'}"
+        said = f"{understanding_table(summary)}\n\nWrote {output / CASES} and {output / 'summary.json'}"
+        return Report(said, {"arguments": arguments, **summary})
 
-    run(evaluate)
+    run(evaluate, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write cases.jsonl, summary.json, report.html and model-index.yml to. A run that was "
+            "interrupted goes on where it stopped."
+        ),
+    ],
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of scans, as for load_dataset.")] = None,
+    phantom_cases: Annotated[
+        int | None, typer.Option(min=1, help="Instead of scans, so many simulated patients of each protocol.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+    ] = None,
+    baseline: Annotated[
+        Baseline | None,
+        typer.Option(
+            help="Instead of the model: the source as it is, a table of intensities fitted on training patients, or "
+            "the true target through the autoencoder."
+        ),
+    ] = None,
+    routes: Annotated[
+        list[str] | None,
+        typer.Option(help="A route, such as MRI-CT or brain/MRI-CT; several times for several. By default all."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the patients: train, validation or test.")] = "test",
+    slice_step: Annotated[int, typer.Option(min=1, help="Every so many slices of a case.")] = 1,
+    phantom_slices: Annotated[
+        int | None, typer.Option(min=1, help="Axial slices of a simulated patient; by default the whole region.")
+    ] = None,
+    phantom_size: Annotated[int, typer.Option(min=32, help="Pixels of a simulated slice's longer side.")] = 128,
+    level: Annotated[Level, typer.Option(help="Judge slices in 2D, or volumes in 3D.")] = Level.slice,
+    protocol: Annotated[
+        str, typer.Option(help="What is compared, where and on which scale: synthrad2023, synthrad2025, brats, ...")
+    ] = "synthrad2023",
+    samples: Annotated[int, typer.Option(min=1, help="Mean of so many syntheses.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; by default the checkpoint's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="By the text; by default the checkpoint's.")] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(min=0, help="By the source; by default the checkpoint's.")
+    ] = None,
+    timestep_shift: Annotated[float | None, typer.Option(help="By default the scheduler's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time, within a case and route.")] = 8,
+    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    seed: Annotated[int, typer.Option(help="Another one draws other noise for every case.")] = 0,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Another evaluation to print beside, such as a baseline's.")
+    ] = None,
+):
+    """Synthesise and judge every route of held-out patients. On several GPUs: accelerate launch -m synermedgen_hf.cli.
+
+    Research use only.
+    """
+    from .metrics.evaluation import evaluate
+
+    run(
+        evaluate,
+        output,
+        data_dir=data_dir,
+        phantom_cases=phantom_cases,
+        model=model,
+        baseline=baseline and baseline.value,
+        routes=routes or (),
+        split=split,
+        slice_step=slice_step,
+        phantom_slices=phantom_slices,
+        phantom_size=phantom_size,
+        level=level.value,
+        protocol=protocol,
+        samples=samples,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        image_guidance_scale=image_guidance,
+        timestep_shift=timestep_shift,
+        batch_size=batch_size,
+        dtype=dtype.value,
+        seed=seed,
+        beside=beside or (),
+    )
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder that `synermedgen evaluate` wrote.")],
+    second: Annotated[Path, typer.Argument(help="Another, of the same cases under the same protocol.")],
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
+):
+    """Test whether two evaluations differ, paired by patient."""
+
+    def work():
+        from .metrics.comparison import compare, comparison_table, write_comparison
+
+        found = compare(first, second)
+        if output is not None:
+            write_comparison(output, found)
+        return comparison_table(found)
+
+    run(work)
+
+
+@app.command()
+def vae_ceiling(
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write cases.jsonl (a line for each case and modality) and summary.json to. A run that was "
+            "interrupted goes on where it stopped."
+        ),
+    ],
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of scans, as for load_dataset.")] = None,
+    phantom_cases: Annotated[
+        int | None, typer.Option(min=1, help="Instead of scans, so many simulated patients of each protocol.")
+    ] = None,
+    phantom_slices: Annotated[int, typer.Option(min=1, help="Of each simulated patient.")] = 8,
+    phantom_size: Annotated[int, typer.Option(min=32, help="Pixels of a simulated slice's longer side.")] = 128,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+    ] = None,
+    codec: Annotated[
+        Codec | None,
+        typer.Option(help="Of the three channels; by default the one that the checkpoint was trained with."),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Of the comparison: synthrad2023, synthrad2025, paper_frame.")
+    ] = "synthrad2023",
+    slice_step: Annotated[int, typer.Option(min=1, help="Every so many slices.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 8,
+    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Measure the error that no training can remove: true targets through codec and autoencoder and back."""
+
+    def measure():
+        import torch
+
+        from .metrics.ceiling import ceiling_table, measure_ceiling
+
+        summary = measure_ceiling(
+            output,
+            model_source(model),
+            data_dir=data_dir,
+            phantom_cases=phantom_cases,
+            phantom_slices=phantom_slices,
+            phantom_size=phantom_size,
+            codec=codec and codec.value,
+            protocol=protocol,
+            slice_step=slice_step,
+            batch_size=batch_size,
+            dtype=getattr(torch, dtype.value),
+            device=device,
+        )
+        said = [ceiling_table(summary["modalities"])]
+        said += [f"Left out: {one['case']}. {one['reason']}" for one in summary["skipped"]]
+        return Report("\n\n".join([*said, f"Wrote {output / 'cases.jsonl'} and {output / 'summary.json'}"]), summary)
+
+    run(measure, as_json=as_json)
 
 
 @app.command()
@@ -332,11 +598,12 @@ def import_recipe(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of SynerMed.parquet, SynerMed.jsonl and slice/; by default the file's.")
     ] = None,
+    as_json: Json = False,
 ):
     """Print the load_dataset calls that match a training mixture of the original code."""
     from .data.recipes import import_recipe
 
-    run(import_recipe, file, data_dir)
+    run(import_recipe, file, data_dir, as_json=as_json)
 
 
 if __name__ == "__main__":

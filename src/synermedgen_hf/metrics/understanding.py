@@ -11,8 +11,6 @@
 - Questions on one patient are not independent, so intervals come from drawing patients, not questions.
 """
 
-import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -24,14 +22,14 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from ..data.routes import MODALITIES
-from ..data.splits import write_whole
 from ..data.understanding import parse_answer, parse_listing
 from ..image_processing_synermedgen import own_window
 from ..modeling_synermedgen import read_layout
+from .runs import CASES, claim_folder, read_records
+from .statistics import interval_of_mean
 
 BATCHES_SORTED = 4  # rows of so many batches are sorted by length, so that little of a batch is padding
 BINS = 10  # of confidence
-CASES, ARGUMENTS = "cases.jsonl", "arguments.json"
 COPIED = ("index", "task", "route", "difficulty", "region", "dataset", "case_id", "patient_id", "options", "answer")
 UNKNOWN = "unknown"
 
@@ -262,29 +260,8 @@ def resume_cases(folder: str | Path, arguments: dict) -> list[dict]:
     Raises:
         `ValueError`: The folder holds answers to something else, or to what is not known.
     """
-    cases, known = Path(folder) / CASES, Path(folder) / ARGUMENTS
-    if not known.exists():
-        if cases.exists():
-            raise ValueError(f"{cases} is in the way: without {ARGUMENTS} beside it, nobody knows what was asked.")
-        write_whole(known, json.dumps(arguments, indent=2) + "\n")
-        return []
-    before = json.loads(known.read_text(encoding="utf-8"))
-    names = dict.fromkeys([*before, *arguments])
-    changed = [
-        f"{name} {before.get(name)!r} (now {arguments.get(name)!r})"
-        for name in names
-        if before.get(name) != arguments.get(name)
-    ]
-    if changed:
-        raise ValueError(f"{folder} holds answers to something else: {', '.join(changed)}. Choose another folder.")
-    content = cases.read_bytes() if cases.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(cases, len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{cases} is damaged ({error}). Remove it to ask again.") from error
+    claim_folder(folder, arguments)
+    return read_records(Path(folder) / CASES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,12 +336,7 @@ def _accuracy(records: list[dict], key: str, bootstrap: int, seed: int) -> dict 
     patients, number = np.unique([_patient(record) for record in records], return_inverse=True)
     asked = np.bincount(number)
     right = np.bincount(number, weights=[record[key] for record in records])
-    interval = None
-    if len(patients) > 1:
-        drawn = np.random.default_rng(seed).multinomial(
-            len(patients), np.full(len(patients), 1 / len(patients)), size=bootstrap
-        )
-        interval = np.percentile(drawn @ right / (drawn @ asked), [2.5, 97.5]).tolist()
+    interval = interval_of_mean(right, asked, bootstrap, seed)
     found = {"n": len(records), "accuracy": float(right.sum() / asked.sum()), "interval": interval}
     if key == "text_correct":
         found["unparsed"] = float(np.mean([record["parsed"] is None for record in records]))

@@ -1,0 +1,489 @@
+"""`synermedgen evaluate`: every route of a data set synthesised and judged, the same however the work is shared out.
+
+    cases of the data set ─> rows ─> batches of one case and route ─> predict ─> protocols ─> parts/00017.jsonl
+    all parts ─> summary.json, report.html, model-index.yml, cases.jsonl
+
+- A case (one examination) is the unit that processes share: each takes every n-th, and a batch never holds more than
+  one case. So a batch is the same in any number of processes, and so is each of its digits.
+- Seeds come from the names of case, route and slice. Neither order nor batch size nor a restart changes the noise.
+- A case that is done is a file of its own, and a batch that is done is a few lines of it: what was interrupted goes on
+  from there.
+- One case is in memory at a time; what is summed up are sums for each patient.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator, InitProcessGroupKwargs
+from datasets import IterableDataset, load_dataset_builder
+from datasets.utils import logging
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoProcessor
+
+from ..data.pairs import PAIR_FEATURES
+from ..data.routes import ROUTES, Route
+from ..data.splits import hash_unit, write_whole
+from ..data.synermed import phantom_records
+from ..hub import as_dtype, check_folder, load_vae
+from ..loading_synermedgen import weights_checksum
+from ..pipeline_synermedgen import SynerMedGenPipeline
+from .baselines import Ceiling, CopySource, IntensityMapping, fit_mapping, route_of, true_target
+from .protocols import evaluate_case
+from .report import draw_strip, keep_pictures, write_report, write_summary
+from .runs import CASES, claim_folder, name_of, read_records
+
+logger = logging.get_logger(__name__)
+
+PARTS, MAPPING = "parts", "mapping.json"
+BASELINES, LEVELS = ("copy", "mapping", "ceiling"), ("slice", "volume")
+Predict = Callable[[list[dict], list[int]], list[np.ndarray]]
+
+
+def evaluate(
+    output: str | Path,
+    data_dir: str | Path | None = None,
+    phantom_cases: int | None = None,
+    model: str | Path | None = None,
+    baseline: str | None = None,
+    routes: Iterable[str] = (),
+    split: str = "test",
+    slice_step: int = 1,
+    phantom_slices: int | None = None,
+    phantom_size: int = 128,
+    level: str = "slice",
+    protocol: str = "synthrad2023",
+    samples: int = 1,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
+    timestep_shift: float | None = None,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    seed: int = 0,
+    beside: Iterable[str | Path] = (),
+) -> str | None:
+    """
+    Evaluate a model or a baseline, in every process of a launch.
+
+    Args:
+        output (`str` or `Path`): Folder of this evaluation; the same arguments go on where it was interrupted.
+        data_dir (`str` or `Path`, *optional*): Scans, as for `load_dataset("synermed")`.
+        phantom_cases (`int`, *optional*): Instead of scans, so many simulated patients of each protocol.
+        model (`str` or `Path`, *optional*): Pipeline; by default the bundled weights. Of a baseline only its processor
+            is read, which owns the scale, and of the ceiling its autoencoder.
+        baseline (`str`, *optional*): `"copy"`, `"mapping"` or `"ceiling"` instead of the model, see
+            [`~synermedgen_hf.metrics.baselines`].
+        routes (`Iterable[str]`): Such as `"MRI-CT"` or `"brain/MRI-CT"`; by default all that the data has and the model
+            was trained for.
+        split (`str`, defaults to `"test"`): Of the patients.
+        slice_step (`int`, defaults to 1): Every so many usable slices.
+        phantom_slices, phantom_size (`int`): Axial slices of a simulated patient (by default the whole region), and
+            pixels of the longer side.
+        level (`str`, defaults to `"slice"`): `"slice"` judges each slice in 2D, `"volume"` the slices of a case and
+            route put back together, in 3D. There, one seed makes all slices.
+        protocol (`str`, defaults to `"synthrad2023"`): See [`~synermedgen_hf.metrics.protocols.evaluate_case`].
+        samples (`int`, defaults to 1): Mean of so many syntheses, of seeds that follow one another.
+        num_inference_steps, guidance_scale, image_guidance_scale, timestep_shift: Of the sampler; by default as the
+            checkpoint says.
+        batch_size (`int`, defaults to 8): Slices at a time, within a case and route.
+        dtype (`str`, defaults to `"float32"`): Of model and autoencoder.
+        seed (`int`, defaults to 0): Another one draws other noise for every case.
+        beside (`Iterable[str | Path]`): Folders of other evaluations of the same cases under the same protocol, such as
+            baselines, to print beside.
+
+    Returns:
+        `str`: The tables of the report; `None` in all processes but the first.
+
+    Raises:
+        `ValueError`: An argument cannot be used, a route was not trained for, or the folder holds another evaluation:
+            said before any synthesis. A prediction that is not finite is named.
+    """
+    if (data_dir is None) == (phantom_cases is None):
+        raise ValueError("Pass either --data-dir or --phantom-cases.")
+    if baseline not in (None, *BASELINES) or level not in LEVELS:
+        raise ValueError(f"There is no baseline {baseline!r} at level {level!r}: {BASELINES}, {LEVELS}.")
+    if min(samples, batch_size) < 1:
+        raise ValueError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}.")
+    if level == "volume" and slice_step != 1:
+        raise ValueError("A volume needs all of its slices: leave --slice-step out, or judge slices.")
+    # A case may take hours, and whoever is done first waits for the others.
+    processes = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+
+    # 1. What is asked, checked before any weights are loaded.
+    source = _model_source(model)
+    needless = {None: (), "ceiling": ("model", "scheduler")}.get(baseline, ("model", "scheduler", "vae"))
+    check_folder(source, dict.fromkeys(needless))
+    told = AutoConfig.from_pretrained(source, subfolder="model") if baseline is None else None
+    options = {"data_dir": str(data_dir)} if data_dir else {"phantom_cases": phantom_cases}
+    if phantom_cases:
+        options |= {"phantom_slices": phantom_slices, "phantom_size": phantom_size}
+    options |= {"slice_step": slice_step}
+    with processes.main_process_first():
+        builder, names = _open_pairs(options, list(routes), told)
+    rows = builder.as_streaming_dataset(split=split)
+    processor = AutoProcessor.from_pretrained(source, subfolder="processor")
+    codec = processor.image_processor
+    targets = {name.split("-")[-1] for name in names}
+    if unknown := sorted(targets - codec.intensity.keys()):
+        raise ValueError(f"The processor of {source} has no window for {', '.join(unknown)}.")
+    blank = np.zeros((32, 32), np.float32)
+    for target in sorted(targets):
+        evaluate_case(blank, blank, protocol=protocol, modality=target)  # says if the two do not go together
+    arguments = {
+        **options,
+        "state of the data": f"{builder.config_id}-{builder.hash[:16]}",
+        "routes": names,
+        "split": split,
+        "level": level,
+        "protocol": protocol,
+        "intensity": codec.intensity,
+        "baseline": baseline,
+    }
+    if baseline is None:
+        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given |= {"image_guidance_scale": image_guidance_scale, "timestep_shift": timestep_shift}
+        predict, made_by = _load_model(source, given, samples, dtype, processes.device)
+        arguments |= {"model": str(source), **made_by, "dtype": dtype, "samples": samples, "seed": seed}
+    elif baseline == "ceiling":
+        vae, _ = load_vae(source, as_dtype(dtype))
+        predict = Ceiling(vae.eval().to(processes.device), codec)
+        arguments |= {"model": str(source), "checksum of the autoencoder": weights_checksum(vae), "dtype": dtype}
+    elif baseline == "copy":
+        predict = CopySource(codec)
+    output = Path(output)
+    with processes.main_process_first():
+        claim_folder(output, arguments)
+    with _sole_user(output) if processes.is_main_process else nullcontext():
+        # 2. The cases, every n-th in each process.
+        if not (output / CASES).exists():
+            if baseline == "mapping":
+                with processes.main_process_first():
+                    predict = IntensityMapping(codec, _fit(output, builder, codec, names))
+            judge = Judge(predict, codec, protocol, level, batch_size, seed)
+            own = range(processes.process_index, rows.num_shards, processes.num_processes)
+            progress = tqdm(own, desc=split, unit="case", disable=not processes.is_main_process)
+            for place in progress:
+                part = output / PARTS / f"{place:06d}.jsonl"
+                judge_case(judge, rows.shard(rows.num_shards, place), names, part, progress)
+            processes.wait_for_everyone()
+
+        # 3. All of them together.
+        if not processes.is_main_process:
+            return None
+        if not (output / CASES).exists():
+            _gather(output, rows.num_shards, arguments, builder.report_file)
+        return write_report(output, beside)
+
+
+@contextmanager
+def _sole_user(output: Path):
+    """Two runs that write into one folder would spoil each other's files."""
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"Another run is writing to {output}. Wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _model_source(model: str | Path | None) -> str | Path:
+    from .. import checkpoint_path  # lazy there
+
+    return model or checkpoint_path()
+
+
+def _open_pairs(options: dict, asked: list[str], told) -> tuple[object, list[str]]:
+    """The builder of the pairs, and the routes to evaluate, of which the weights know all."""
+    if told is not None and told.missing_parts:
+        raise ValueError(
+            f"The model came without its {' and '.join(told.missing_parts)} weights: it cannot synthesise."
+        )
+    builder = load_dataset_builder("synermed", "pairs", routes=asked or None, **options)
+    if builder.config.released:
+        raise ValueError(
+            "These are the authors' released pictures: 8 bits over windows that nobody knows, and all of them training "
+            "data. An evaluation needs scans in scanner units."
+        )
+    names = _routes_of(builder.config)
+    if not names:
+        raise ValueError(f"No case has one of the routes {', '.join(asked)}.")
+    known = told.trained_routes if told is not None else []
+    untrained = [name for name in names if known and name not in known]
+    if untrained and (asked or len(untrained) == len(names)):
+        raise ValueError(
+            f"The model was not trained for {', '.join(untrained)}. It was trained for: {', '.join(known)}."
+        )
+    if untrained:
+        logger.warning(f"Left out, since the model was not trained for them: {', '.join(untrained)}.")
+        names = [name for name in names if name not in untrained]
+        builder = load_dataset_builder("synermed", "pairs", routes=names, **options)
+    return builder, names
+
+
+def _routes_of(config) -> list[str]:
+    """The routes of the cases that were found, in the order of [`ROUTES`]."""
+    cases = phantom_records("test", 1) if any(config.phantom_cases) else config.cases
+    found = {
+        Route(region, one, other)
+        for region, modalities in {(case.region, tuple(case.files)) for case in cases}
+        for one in modalities
+        for other in modalities
+        if one != other
+    }
+    wanted = config.routes
+    if wanted is not None:
+        found = {route for route in found if route.name in wanted or route.name.split("/")[1] in wanted}
+    order = {route: place for place, route in enumerate(ROUTES)}
+    return [route.name for route in sorted(found, key=lambda route: (order.get(route, len(order)), route))]
+
+
+def _load_model(source, given: dict, samples: int, dtype: str, device) -> tuple["Synthesis", dict]:
+    """The model ready to be asked, and what its answers depend on."""
+    pipe = SynerMedGenPipeline.from_pretrained(source, dtype=dtype, print_report=False).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    sampling = {**pipe.model.config.sampling, "timestep_shift": pipe.scheduler.config.shift}
+    sampling |= {name: value for name, value in given.items() if value is not None}
+    rest = {"guidance_interval": (0.0, 1.0), "guidance_rescale": "text_channel", "guidance_rescale_min": 0.0}
+    pipe.check_inputs("CT", None, None, **sampling, **rest, num_images_per_prompt=samples, output_type="np")
+    checksums = [weights_checksum(pipe.model), weights_checksum(pipe.vae)]
+    whole = None if None in checksums else hashlib.sha256("".join(checksums).encode()).hexdigest()
+    return Synthesis(pipe, sampling, samples), {"sampling": sampling, "checksum of the weights": whole}
+
+
+def _fit(output: Path, builder, codec, names: list[str]) -> dict[str, dict]:
+    """The intensity mapping, fitted on the training patients once and kept in the folder."""
+    file = output / MAPPING
+    if not file.exists():
+        training = tqdm(builder.as_streaming_dataset(split="train"), desc="Fitting the mapping", unit="slice")
+        write_whole(file, json.dumps(fit_mapping(training, codec, names)) + "\n")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+class Synthesis:
+    """
+    The model's answers.
+
+    Args:
+        pipe ([`SynerMedGenPipeline`]): Loaded.
+        sampling (`dict`): Arguments of its call.
+        samples (`int`, defaults to 1): Mean of so many.
+    """
+
+    def __init__(self, pipe: SynerMedGenPipeline, sampling: dict, samples: int = 1):
+        self.pipe, self.sampling, self.samples = pipe, sampling, samples
+
+    def __call__(self, rows: list[dict], seeds: list[int]) -> list[np.ndarray]:
+        """Predictions `(height, width)` in the target's units, one for each row of one route."""
+        made = self.pipe(
+            [np.asarray(row["source_image"]) for row in rows],
+            target=rows[0]["target_modality"],
+            source=rows[0]["source_modality"],
+            region=rows[0]["region"],
+            seed=seeds,
+            window=[(row["source_window"]["low"], row["source_window"]["high"]) for row in rows],
+            num_images_per_prompt=self.samples,
+            output_type="np",
+            **self.sampling,
+        ).images
+        return [np.mean(made[start : start + self.samples], axis=0) for start in range(0, len(made), self.samples)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Judge:
+    """
+    Predicts and compares.
+
+    Args:
+        predict (`Callable`): Rows of one case and route and their seeds to predictions in the target's units.
+        codec ([`SynerMedGenImageProcessor`]): Says in which units MR is made.
+        protocol (`str`): Of the comparison.
+        level (`str`, defaults to `"slice"`): Or `"volume"`.
+        batch_size (`int`, defaults to 8): Slices predicted at a time.
+        seed (`int`, defaults to 0): Of the evaluation.
+    """
+
+    predict: Predict
+    codec: object
+    protocol: str = "synthrad2023"
+    level: str = "slice"
+    batch_size: int = 8
+    seed: int = 0
+
+    def units(self, rows: Iterable[dict]) -> Iterator[list[dict]]:
+        """What is judged in one go, always the same: a batch of slices of a route, or all of them as a volume."""
+        waiting: dict[str, list[dict]] = {}
+        for row in rows:
+            route = route_of(row)
+            waiting.setdefault(route, []).append(row)
+            if self.level == "slice" and len(waiting[route]) == self.batch_size:
+                yield waiting.pop(route)
+        yield from waiting.values()
+
+    def identities(self, unit: list[dict]) -> list[dict]:
+        """Who each record of a unit is; also what its noise is drawn from."""
+        rows = unit if self.level == "slice" else unit[:1]
+        return [
+            {
+                "dataset": row["dataset"],
+                "case_id": row["case_id"],
+                "route": route_of(row),
+                "slice_index": row["slice_index"] if self.level == "slice" else None,
+                # Patients have to be told apart, not known.
+                "patient": hashlib.sha256(f"{row['dataset']}/{row['patient_id']}".encode()).hexdigest()[:16],
+            }
+            for row in rows
+        ]
+
+    def window(self, modality: str) -> tuple[float, float] | None:
+        """The window of MR slices, that of their volume; volumes and other modalities have their protocol's own."""
+        if self.level == "volume" or "percentile" not in self.codec.intensity[modality]:
+            return None
+        record = self.codec.target_record(modality)
+        return record["low"], record["high"]
+
+    def __call__(self, unit: list[dict]) -> list[dict]:
+        """
+        Records of one unit: identity, `seed`, what [`evaluate_case`] found, and `picture`, a PNG in base64.
+
+        Args:
+            unit (`list[dict]`): Rows of one case and route, pictures not decoded.
+        """
+        identities = self.identities(unit)
+        for identity in identities:
+            identity["seed"] = int(hash_unit(self.seed, *name_of(identity)) * 2**48)
+        rows = [PAIR_FEATURES.decode_example(dict(row)) for row in unit]
+        seeds = [identity["seed"] for identity in identities] * (len(rows) // len(identities))
+        made = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            made += self.predict(rows[batch], seeds[batch])
+        wanted = [true_target(self.codec, row) for row in rows]
+        masks = [None if row["mask"] is None else np.asarray(row["mask"], bool) for row in rows]
+        for row, prediction in zip(rows, made, strict=True):
+            _check_finite(prediction, row)
+        if self.level == "volume":
+            middle = len(rows) // 2
+            shown = [(rows[middle], made[middle], wanted[middle])]
+            made, wanted, masks = [_stack(rows, made)], [np.stack(wanted)], [_stack_masks(masks)]
+            identities[0]["slices"] = len(rows)
+        else:
+            shown = list(zip(rows, made, wanted, strict=True))
+        records = []
+        for identity, one, other, mask, picture in zip(identities, made, wanted, masks, shown, strict=True):
+            try:
+                judged = evaluate_case(
+                    one,
+                    other,
+                    mask=mask,
+                    protocol=self.protocol,
+                    modality=rows[0]["target_modality"],
+                    spacing=tuple(rows[0]["spacing"][-one.ndim :]),
+                    window=self.window(rows[0]["target_modality"]),
+                )
+            except ValueError as error:
+                where = " ".join(str(part) for part in name_of(identity) if part is not None)
+                raise ValueError(f"{where} cannot be judged: {error}") from error
+            records.append({**identity, **judged, "picture": draw_strip(*picture, self.codec)})
+        return records
+
+
+def _check_finite(prediction: np.ndarray, row: dict):
+    if bad := int((~np.isfinite(prediction)).sum()):
+        raise ValueError(
+            f"{row['dataset']}/{row['case_id']}, {route_of(row)}, slice {row['slice_index']}: of the prediction's "
+            f"{prediction.size} values {bad} are NaN or infinite. Half precision overflows easily: try --dtype float32 "
+            "or bfloat16 in another folder. What was evaluated so far is kept."
+        )
+
+
+def _stack(rows: list[dict], slices: list[np.ndarray]) -> np.ndarray:
+    places = [row["slice_index"] for row in rows]
+    if places != list(range(places[0], places[0] + len(places))):
+        raise ValueError(
+            f"{rows[0]['dataset']}/{rows[0]['case_id']}: the usable slices {places[0]} to {places[-1]} have gaps, so "
+            "they are no volume. Judge them as slices (--level slice) in another folder."
+        )
+    return np.stack(slices)
+
+
+def _stack_masks(masks: list[np.ndarray | None]) -> np.ndarray | None:
+    return None if masks[0] is None else np.stack(masks)
+
+
+def judge_case(judge: Judge, rows: IterableDataset, names: list[str], part: Path, progress: tqdm):
+    """
+    Judge one case into a file of its own, from where an earlier run stopped.
+
+    Args:
+        judge ([`Judge`]): As set up.
+        rows (`IterableDataset`): Of the case.
+        names (`list[str]`): Routes, in the order of the records.
+        part (`Path`): The file; it appears when the case is done.
+        progress (`tqdm`): Told how many slices there were.
+    """
+    if part.exists():
+        return
+    part.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = part.with_suffix(".unfinished")
+    done = {name_of(record): record for record in read_records(unfinished)}
+    with open(unfinished, "a", encoding="utf-8") as file:
+        for unit in judge.units(rows.decode(False)):
+            # A batch is the same as ever or it is not made: with others in it, last digits would be others.
+            if not all(name_of(identity) in done for identity in judge.identities(unit)):
+                records = judge(unit)
+                file.write("".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records))
+                file.flush()
+                done |= {name_of(record): record for record in records}
+            progress.set_postfix(records=len(done))
+    order = {name: place for place, name in enumerate(names)}
+    records = sorted(done.values(), key=lambda record: (order[record["route"]], record["slice_index"] or 0))
+    keep_pictures(records)
+    write_whole(part, "".join(f"{json.dumps(record)}\n" for record in records))
+    unfinished.unlink()
+
+
+def _gather(output: Path, count: int, arguments: dict, report: Path):
+    """From the parts to the summary, the pictures and, at last, `cases.jsonl`."""
+    parts = [output / PARTS / f"{place:06d}.jsonl" for place in range(count)]
+    if absent := [part.name for part in parts if not part.exists()]:
+        raise ValueError(
+            f"{output / PARTS} lacks {', '.join(absent[:5])}: the folder must be one that all machines of a run share."
+        )
+
+    if empty := sum(part.stat().st_size == 0 for part in parts):
+        logger.warning(
+            f"{empty} of {count} cases gave no slice of these routes; what could not be read is in {report}."
+        )
+
+    def records() -> Iterator[dict]:
+        return chain.from_iterable(map(read_records, parts))
+
+    write_summary(output, records, arguments, {"found": count, "without slices": empty})
+    unfinished = output / f"{CASES}.{os.getpid()}.tmp"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        for record in records():
+            record.pop("picture", None)
+            file.write(json.dumps(record) + "\n")
+    os.replace(unfinished, output / CASES)
+    shutil.rmtree(output / PARTS)
+
+
+__all__ = ["Judge", "Synthesis", "evaluate", "judge_case"]

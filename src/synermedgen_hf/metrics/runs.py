@@ -1,0 +1,63 @@
+"""The folder of an evaluation: what was asked is remembered in it, so that it goes on and is never mixed."""
+
+import json
+import os
+from pathlib import Path
+
+from ..data.splits import write_whole
+
+CASES, ARGUMENTS = "cases.jsonl", "arguments.json"
+
+
+def claim_folder(folder: str | Path, arguments: dict):
+    """
+    Make a folder that of one evaluation, or check that it is: `arguments.json` remembers what was asked.
+
+    Args:
+        folder (`str` or `Path`): Made if it does not exist.
+        arguments (`dict`): Of what JSON can hold: everything that the records depend on.
+
+    Raises:
+        `ValueError`: The folder holds answers to something else, or to what is not known.
+    """
+    cases, known = Path(folder) / CASES, Path(folder) / ARGUMENTS
+    if not known.exists():
+        if cases.exists():
+            raise ValueError(f"{cases} is in the way: without {ARGUMENTS} beside it, nobody knows what was asked.")
+        write_whole(known, json.dumps(arguments, indent=2) + "\n")
+        return
+    before = json.loads(known.read_text(encoding="utf-8"))
+    names = dict.fromkeys([*before, *arguments])
+    changed = [
+        f"{name} {before.get(name)!r} (now {arguments.get(name)!r})"
+        for name in names
+        if before.get(name) != arguments.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{folder} holds answers to something else: {', '.join(changed)}. Choose another folder.")
+
+
+def read_records(file: Path) -> list[dict]:
+    """
+    The records of a file of JSON lines that a run appended to, or none if there is no file. A last line that was half
+    written is removed.
+
+    Raises:
+        `ValueError`: A line is no JSON.
+    """
+    content = file.read_bytes() if file.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(file, len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Remove it to ask again.") from error
+
+
+def name_of(record: dict) -> tuple:
+    """What a record of synthesis is found by: the same in every evaluation of the same data."""
+    return record["dataset"], record["case_id"], record["route"], record["slice_index"]
+
+
+__all__ = ["claim_folder", "name_of", "read_records"]

@@ -1,0 +1,146 @@
+"""Baselines with known answers: what copying gives in each unit, what a table of intensities can know and cannot."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from synermedgen_hf import SynerMedGenImageProcessor, checkpoint_path
+from synermedgen_hf.hub import load_vae
+from synermedgen_hf.metrics.baselines import Ceiling, CopySource, IntensityMapping, fit_mapping, route_of, true_target
+
+WINDOWS = {"CT": (-1024, 3071), "CBCT": (-1024, 3071), "PET": (0, 20), "T1": (0, 640), "T2": (0, 1300), "MRI": (0, 500)}
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return SynerMedGenImageProcessor()
+
+
+def pair(source, target, route="brain/CBCT-CT"):
+    """A row of pairs, decoded."""
+    region, modalities = route.split("/")
+    row = {"region": region}
+    for side, modality, array in zip(("source", "target"), modalities.split("-"), (source, target), strict=True):
+        low, high = WINDOWS[modality]
+        picture = Image.fromarray(np.asarray(array, np.float32))
+        row |= {f"{side}_image": picture, f"{side}_modality": modality, f"{side}_window": {"low": low, "high": high}}
+    return row
+
+
+def one_each(low, high, count=64, seed=0):
+    """Slices of values all over a range."""
+    rng = np.random.default_rng(seed)
+    return [rng.uniform(low, high, (16, 16)).astype(np.float32) for _ in range(count)]
+
+
+def test_the_route_of_a_row():
+    assert route_of(pair(np.zeros((8, 8)), np.zeros((8, 8)), "whole-body/CT-PET")) == "whole-body/CT-PET"
+
+
+def test_mr_is_judged_where_the_window_of_its_volume_ends_at_the_codecs_own(codec):
+    array = np.array([[0.0, 325.0], [1300.0, 1625.0]])
+    made = true_target(codec, pair(array, array, "brain/T1-T2"))
+    assert made.dtype == np.float32 and made == pytest.approx(np.array([[0, 250], [1000, 1250]]))  # nothing is clipped
+
+
+@pytest.mark.parametrize("route", ["brain/MRI-CT", "brain/CT-CBCT", "whole-body/CT-PET"])
+def test_other_modalities_are_judged_in_their_own_units(codec, route):
+    array = np.array([[-2000.0, 12.0], [50.0, 5000.0]])
+    assert (true_target(codec, pair(array, array, route)) == array).all()
+
+
+def test_a_copy_of_cbct_as_ct_is_the_cbct_itself(codec):
+    source = one_each(-1000, 2000, 1)[0]
+    (made,) = CopySource(codec)([pair(source, source)], [0])
+    assert made.dtype == np.float32 and np.abs(made - source).max() < 1e-3
+
+
+def test_a_copy_keeps_its_place_in_the_window_whatever_the_unit(codec):
+    source = np.full((8, 8), -1024 + 4095 / 4)
+    copy = CopySource(codec)
+    (made,) = copy([pair(source, source, "whole-body/CT-PET")], [0])
+    assert made == pytest.approx(20 / 4)
+    # MR has no scale of its own: its window is made to end at the codec's 1000.
+    (made,) = copy([pair(np.full((8, 8), 320.0), source, "brain/T1-T2")], [0])
+    assert made == pytest.approx(500)
+
+
+def test_each_row_is_answered_by_itself(codec):
+    rows = [pair(np.full((8, 8), value), np.zeros((8, 8))) for value in (-500, 0, 700)]
+    assert [float(made.mean()) for made in CopySource(codec)(rows, [0, 1, 2])] == pytest.approx(
+        [-500, 0, 700], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda hu: 0.5 * hu + 100, lambda hu: 900 * np.cos(hu / 900)],
+    ids=["a line", "a curve that goes up and down"],
+)
+def test_a_mapping_finds_any_function_of_the_intensity(codec, change):
+    training = [pair(source, change(source)) for source in one_each(-1000, 2000)]
+    mapping = IntensityMapping(codec, fit_mapping(training, codec, ["brain/CBCT-CT"]))
+    (source,) = one_each(-950, 1950, 1, seed=9)
+    (made,) = mapping([pair(source, source)], [0])
+    assert np.abs(made - change(source)).max() < 5  # a bin is 16 HU wide
+
+
+def test_where_the_intensity_does_not_tell_a_mapping_answers_the_mean(codec):
+    source = np.full((8, 8), 40.0)  # one tissue in CT, two in PET
+    training = [pair(source, np.full((8, 8), suv), "whole-body/CT-PET") for suv in (2.0, 2.0, 8.0)]
+    mapping = IntensityMapping(codec, fit_mapping(training, codec, ["whole-body/CT-PET"]))
+    (made,) = mapping([pair(source, source, "whole-body/CT-PET")], [0])
+    assert made == pytest.approx(4.0, abs=1e-4)
+
+
+def test_every_route_has_its_own_table_whose_order_of_rows_does_not_matter(codec):
+    there, back = "brain/T1-T2", "brain/T2-T1"
+    rows = [pair(source, 1300 - 2 * source, there) for source in one_each(0, 640)]
+    rows += [pair(1300 - 2 * source, source, back) for source in one_each(0, 640)]
+    tables = fit_mapping(rows, codec, [there, back])
+    again = fit_mapping(rows[::-1], codec, [back, there])
+    for route in (there, back):
+        assert tables[route]["slices"] == 64
+        assert tables[route]["target"] == pytest.approx(again[route]["target"], abs=1e-12)
+    mapping = IntensityMapping(codec, json.loads(json.dumps(tables)))
+    source = np.full((8, 8), 160.0)
+    made = [mapping([pair(source, source, route)], [0])[0].mean() for route in (there, back)]
+    assert made == pytest.approx([1000 * 980 / 1300, 1000 * 570 / 640], abs=2)  # of MR windows that end at 1000
+
+
+def test_intensities_outside_of_the_training_get_the_nearest_answer(codec):
+    training = [pair(source, source) for source in one_each(0, 100)]
+    mapping = IntensityMapping(codec, fit_mapping(training, codec, ["brain/CBCT-CT"]))
+    low, high = mapping([pair(np.full((8, 8), value), np.zeros((8, 8))) for value in (-900, 2000)], [0, 0])
+    assert 0 <= low.mean() < 16 and 84 < high.mean() <= 100
+
+
+def test_a_route_without_training_pairs_is_named(codec):
+    rows = [pair(source, source) for source in one_each(0, 100, 2)]
+    with pytest.raises(ValueError, match="no training pairs of brain/T1-T2, pelvis/CBCT-CT to fit"):
+        fit_mapping(rows, codec, ["brain/T1-T2", "brain/CBCT-CT", "pelvis/CBCT-CT"])
+
+
+def test_rows_of_other_routes_are_passed_over(codec):
+    rows = [pair(source, source) for source in one_each(0, 100, 2)]
+    other = pair(np.zeros((8, 8)), np.zeros((8, 8)), "brain/T1-T2")
+    assert fit_mapping([*rows, other], codec, ["brain/CBCT-CT"]) == fit_mapping(rows, codec, ["brain/CBCT-CT"])
+
+
+@pytest.mark.parametrize("route", ["brain/MRI-CT", "brain/T1-T2"])
+def test_the_ceiling_is_the_truth_but_for_the_autoencoder(codec, route):
+    """The bundled autoencoder on a smooth picture: near the truth in the units of the target, and not the truth."""
+    source = checkpoint_path()
+    vae = load_vae(source, torch.float32)[0].eval()
+    codec = AutoProcessor.from_pretrained(source, subfolder="processor").image_processor
+    low, high = WINDOWS[route[-2:]]
+    rows, columns = np.mgrid[-1:1:48j, -1:1:40j]
+    truth = low + (high - low) * 0.4 * np.exp(-3 * (rows**2 + columns**2))
+    row = pair(truth, truth, route)
+    (made,) = Ceiling(vae, codec)([row], [0])
+    wanted = true_target(codec, row)
+    assert made.shape == truth.shape and 0 < np.abs(made - wanted).mean() < 0.05 * np.ptp(wanted)

@@ -1,0 +1,122 @@
+"""The commands `evaluate` and `compare`: options arrive, and what is wrong is one sentence."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from synermedgen_hf import cli
+from synermedgen_hf.data import synermed
+from synermedgen_hf.data.layouts import write_layout
+
+
+def run(*arguments):
+    """A command in this process; an exception that would be a traceback fails the test."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Ten patients, CBCT and CT, two slices each."""
+    folder = tmp_path_factory.mktemp("scans") / "SynthRAD2023"
+    write_layout("synthrad2023-task2", folder, 10, size=32, num_slices=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(scans, tmp_path_factory):
+    """A model and a baseline, on the training patients."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["--data-dir", scans, "--split", "train", "--routes", "CBCT-CT"]
+    copied = run("evaluate", "--output", folder / "copy", *common, "--baseline", "copy")
+    sampling = ["--steps", 1, "--guidance", 1, "--image-guidance", 1, "--timestep-shift", 2, "--samples", 2]
+    made = run("evaluate", "--output", folder / "model", *common, *sampling, "--seed", 3, "--beside", folder / "copy")
+    assert copied.exit_code == made.exit_code == 0, copied.stderr + made.stderr
+    return folder, made
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+def test_an_evaluation_says_what_it_found_and_where(runs):
+    folder, made = runs
+    for file in ("report.html", "summary.json", "cases.jsonl"):
+        assert f"{folder / 'model' / file}" in made.stdout and (folder / "model" / file).exists()
+    assert "| brain/CBCT-CT | synermedgen-tiny |" in made.stdout and "| brain/CBCT-CT | copy |" in made.stdout
+
+
+def test_every_option_arrives(runs):
+    folder, _ = runs
+    arguments = read_json(folder / "model" / "arguments.json")
+    assert arguments["sampling"] == {
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+        "image_guidance_scale": 1.0,
+        "timestep_shift": 2.0,
+    }
+    assert (arguments["samples"], arguments["seed"], arguments["split"]) == (2, 3, "train")
+    assert arguments["routes"] == ["brain/CBCT-CT", "pelvis/CBCT-CT"] and arguments["level"] == "slice"
+    assert arguments["protocol"] == "synthrad2023" and arguments["dtype"] == "float32"
+
+
+def test_simulated_patients_without_any_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(synermed, "PROTOCOLS", {("whole-body", "autopet"): ("CT", "PET")})
+    size = ["--phantom-slices", 20, "--phantom-size", 32, "--slice-step", 8]
+    done = run("evaluate", "--output", tmp_path / "run", "--phantom-cases", 2, *size, "--baseline", "mapping")
+    assert done.exit_code == 0, done.stderr
+    routes = read_json(tmp_path / "run" / "summary.json")["routes"]
+    assert {name: found["patients"] for name, found in routes.items()} == {
+        "whole-body/CT-PET": 2,
+        "whole-body/PET-CT": 2,
+    }
+
+
+def test_two_evaluations_are_compared(runs, tmp_path):
+    folder, _ = runs
+    done = run("compare", folder / "model", folder / "copy", "--output", tmp_path / "found.json")
+    assert done.exit_code == 0 and f"first: {folder / 'model'}, second: {folder / 'copy'}" in done.stdout
+    found = read_json(tmp_path / "found.json")["routes"]
+    summaries = [read_json(folder / name / "summary.json")["routes"] for name in ("model", "copy")]
+    for route, metrics in found.items():
+        for metric, own in metrics.items():
+            means = [summary[route]["metrics"][metric]["mean"] for summary in summaries]
+            assert [own["first"], own["second"]] == pytest.approx(means)
+            assert f"| {route} | {metric} | {own['n']} |" in done.stdout
+
+
+def test_what_cannot_be_compared_is_said(runs, scans, tmp_path):
+    folder, _ = runs
+    done = run("compare", folder / "model", folder / "nothing")
+    assert done.exit_code == 1 and "nothing holds no finished evaluation" in done.stderr and done.stdout == ""
+    common = ["--data-dir", scans, "--split", "train", "--baseline", "copy"]
+    run("evaluate", "--output", tmp_path / "fewer", *common, "--routes", "CBCT-CT", "--slice-step", 2)
+    done = run("compare", folder / "copy", tmp_path / "fewer")
+    assert done.exit_code == 1 and f"{tmp_path / 'fewer'} lacks " in done.stderr and "brain/CBCT-CT" in done.stderr
+    run("evaluate", "--output", tmp_path / "unlike", *common, "--routes", "CBCT-CT", "--protocol", "synthrad2025")
+    done = run("compare", folder / "copy", tmp_path / "unlike")
+    assert done.exit_code == 1 and done.stderr.startswith("Error: ") and done.stdout == ""
+
+
+def test_another_evaluation_in_the_folder_is_refused(runs, scans):
+    folder, _ = runs
+    before = {path: path.read_bytes() for path in (folder / "copy").rglob("*") if path.is_file()}
+    done = run("evaluate", "--output", folder / "copy", "--data-dir", scans, "--split", "test", "--baseline", "copy")
+    assert done.exit_code == 1 and "holds answers to something else" in done.stderr and done.stdout == ""
+    assert before == {path: path.read_bytes() for path in (folder / "copy").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 1, "Pass either --data-dir or --phantom-cases"),
+        (["--phantom-cases", 1, "--model", "nowhere/at-all/here"], 1, "There is no folder nowhere/at-all/here"),
+        (["--phantom-cases", 1, "--routes", "brain/CT-T1"], 1, "brain/CT-T1"),
+        (["--phantom-cases", 1, "--baseline", "magic"], 2, "magic"),
+        (["--phantom-cases", 1, "--samples", 0], 2, "--samples"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, arguments, code, says):
+    done = run("evaluate", "--output", tmp_path / "run", *arguments)
+    assert done.exit_code == code and says in done.stderr and done.stdout == ""
+    assert not (tmp_path / "run").exists()

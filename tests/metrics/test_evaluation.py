@@ -1,0 +1,461 @@
+"""Every route judged, the same in any batch, in any number of processes, and after any interruption."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
+from filelock import FileLock
+
+from synermedgen_hf import SynerMedGenForConditionalGeneration, SynerMedGenImageProcessor, SynerMedGenPipeline
+from synermedgen_hf.data.layouts import write_layout
+from synermedgen_hf.data.pairs import pair_rows
+from synermedgen_hf.data.sources import CaseRecord, LoadedCase
+from synermedgen_hf.metrics import evaluation
+from synermedgen_hf.metrics.baselines import fit_mapping
+from synermedgen_hf.metrics.evaluation import Judge, evaluate
+from synermedgen_hf.metrics.protocols import evaluate_case
+from synermedgen_hf.metrics.report import read_summary
+
+FAST = {"num_inference_steps": 2, "guidance_scale": 1.0}
+RESULTS = ("cases.jsonl", "summary.json", "report.html", "model-index.yml", "arguments.json")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Six patients in SynthRAD2023's layout, brain and pelvis; four in training, five slices each."""
+    folder = tmp_path_factory.mktemp("scans") / "SynthRAD2023"
+    write_layout("synthrad2023-task1", folder, 6, size=32, num_slices=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(config, processor, make_vae, tmp_path_factory):
+    """A pipeline with random weights, trained for all that the scans have."""
+    torch.manual_seed(0)
+    model = SynerMedGenForConditionalGeneration(type(config).from_dict(config.to_dict())).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    model.config.trained_routes = [f"{region}/{way}" for region in ("brain", "pelvis") for way in ("MRI-CT", "CT-MRI")]
+    pipe = SynerMedGenPipeline(model, processor, make_vae(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    pipe.save_pretrained(folder, remote_code=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(weights):
+    pipe = SynerMedGenPipeline.from_pretrained(weights, print_report=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def run(scans, weights, tmp_path):
+    """An evaluation of the training patients, into a folder of a name."""
+
+    def run(name, **arguments):
+        arguments = {"data_dir": scans, "model": weights, "split": "train", "batch_size": 4, **FAST, **arguments}
+        evaluate(tmp_path / name, **arguments)
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(scans, weights, tmp_path_factory):
+    """The evaluation that others are held against."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    evaluate(folder, data_dir=scans, model=weights, split="train", batch_size=4, **FAST)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(scans):
+    """What is judged, row by row."""
+    return list(load_dataset("synermed", data_dir=str(scans), split="train", streaming=True))
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
+
+
+def name_of(record):
+    return record["case_id"], record["route"], record["slice_index"]
+
+
+def check_alike(one, other, tolerance):
+    """Figures of two records: the same names, undefined together, equal but for rounding."""
+    assert one.keys() == other.keys() and one
+    for name, value in one.items():
+        assert value is other[name] is None or value == pytest.approx(other[name], rel=tolerance, abs=1e-6), name
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is judged
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_slice_of_every_route_has_a_record(whole, rows):
+    records = records_of(whole)
+    wanted = [
+        (row["case_id"], f"{row['region']}/{row['source_modality']}-{row['target_modality']}", row["slice_index"])
+        for row in rows
+    ]
+    assert len(records) == len(rows) and {name_of(record) for record in records} == set(wanted)
+    summary = read_summary(whole)
+    assert set(summary["routes"]) == {f"{part}/{way}" for part in ("brain", "pelvis") for way in ("MRI-CT", "CT-MRI")}
+    assert sum(found["cases"] for found in summary["routes"].values()) == len(rows)
+    assert summary["cases"] == {"found": len({row["case_id"] for row in rows}), "without slices": 0}
+
+
+def test_a_record_is_what_the_model_makes_from_its_seed_under_its_protocol(whole, rows, pipe):
+    records = {name_of(record): record for record in records_of(whole)}
+    row = next(row for row in rows if row["region"] == "pelvis" and row["target_modality"] == "CT")
+    record = records[row["case_id"], "pelvis/MRI-CT", row["slice_index"]]
+    window = (row["source_window"]["low"], row["source_window"]["high"])
+    made = pipe(
+        np.asarray(row["source_image"]),
+        target="CT",
+        source="MRI",
+        region="pelvis",
+        window=window,
+        seed=record["seed"],
+        output_type="np",
+        **FAST,
+    ).images[0]
+    judged = evaluate_case(made, np.asarray(row["target_image"]), np.asarray(row["mask"]), modality="CT")
+    check_alike(record["metrics"], judged["metrics"], 1e-3)
+    assert record["protocol"] == judged["protocol"]
+
+
+def test_every_case_has_noise_of_its_own(whole):
+    seeds = [record["seed"] for record in records_of(whole)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_another_seed_is_other_noise_and_the_mean_of_samples_is_of_seeds_in_a_row(pipe, rows):
+    row = next(row for row in rows if row["target_modality"] == "CT")
+    one, three = (evaluation.Synthesis(pipe, FAST, samples) for samples in (1, 3))
+    singles = [one([row], [100 + number])[0] for number in range(3)]
+    assert not np.array_equal(singles[0], singles[1])
+    assert three([row], [100])[0] == pytest.approx(np.mean(singles, axis=0), abs=0.05)  # HU
+
+
+def test_no_patient_is_named(tmp_path):
+    """A manifest with names in it, as a hospital might have."""
+    write_layout("manifest", tmp_path / "scans", 5, size=32, num_slices=2)
+    manifest = tmp_path / "scans" / "manifest.csv"
+    with open(manifest, newline="") as file:
+        table = list(csv.DictReader(file))
+    for number, row in enumerate(table):
+        row["patient_id"] = f"Mustermann-{number // 2}"
+    with open(manifest, "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+    evaluate(tmp_path / "run", data_dir=tmp_path / "scans", split="train", baseline="copy")
+    records = records_of(tmp_path / "run")
+    assert len({record["case_id"] for record in records}) > len({record["patient"] for record in records}) > 0
+    for file in (tmp_path / "run").rglob("*"):
+        assert not file.is_file() or b"Mustermann" not in file.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same however it is done
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_of_one_and_of_four_judge_alike(whole, run):
+    one = records_of(run("one", batch_size=1))
+    for record, expected in zip(one, records_of(whole), strict=True):
+        check_alike(record["metrics"], expected["metrics"], 1e-4)
+        assert {**record, "metrics": None} == {**expected, "metrics": None}
+
+
+def test_what_was_interrupted_ends_as_what_was_not(whole, run, tmp_path, monkeypatch):
+    synthesise, asked = evaluation.Synthesis.__call__, []
+
+    def interrupted(self, rows, seeds):
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append(len(rows))
+        return synthesise(self, rows, seeds)
+
+    monkeypatch.setattr(evaluation.Synthesis, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("again")
+    folder = tmp_path / "again"
+    assert not (folder / "cases.jsonl").exists() and not (folder / "report.html").exists()
+    (unfinished,) = (folder / "parts").glob("*.unfinished")
+    with open(unfinished, "a") as file:
+        file.write('{"dataset": "syn')  # as a process that was killed leaves it
+    before = sum(asked)
+    asked.clear()
+    asked.append(-10)  # does not end a second time
+    monkeypatch.setattr(evaluation.Synthesis, "__call__", lambda *all: asked.append(len(all[1])) or synthesise(*all))
+    assert contents(run("again")) == contents(whole)
+    assert before + sum(asked) + 10 == len(records_of(whole))  # nothing was made twice
+    assert not (folder / "parts").exists()
+
+
+def test_a_batch_of_which_a_part_is_known_is_made_anew_as_a_whole(whole, run, tmp_path, monkeypatch):
+    """Of a last line cut off, the others of its batch stay, and digits may depend on the company."""
+    synthesise, sizes = evaluation.Synthesis.__call__, []
+
+    def counted(self, rows, seeds):
+        sizes.append(len(rows))
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        return synthesise(self, rows, seeds)
+
+    monkeypatch.setattr(evaluation.Synthesis, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run("again")
+    (unfinished,) = (tmp_path / "again" / "parts").glob("*.unfinished")
+    lines = unfinished.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    unfinished.write_bytes(b"".join(lines[:2]) + lines[2][:50])
+    sizes += [0]
+    assert contents(run("again")) == contents(whole)
+    assert sizes[3] == 4
+
+
+def test_a_finished_evaluation_is_not_done_again(whole, run, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "again")
+    monkeypatch.setattr(evaluation, "judge_case", None)
+    assert contents(run("again")) == contents(whole)
+
+
+def launch(processes, folder, scans, weights, port):
+    """The command under torchrun, on CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", str(port), "-m", "synermedgen_hf.cli", "evaluate", "--output", str(folder)]
+    command += ["--data-dir", str(scans), "--model", str(weights), "--split", "train"]
+    command += ["--batch-size", "4", "--steps", "2", "--guidance", "1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(scans, weights, tmp_path):
+    for processes in (1, 2):
+        done = launch(processes, tmp_path / str(processes), scans, weights, 29571 + processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Wrote ") == 1  # one of them speaks
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_each_process_takes_every_nth_case(whole, run, tmp_path, monkeypatch):
+    """What two processes write, one after the other, is together what one writes."""
+
+    class Place(evaluation.Accelerator):
+        place = 0
+        num_processes, process_index = 2, property(lambda self: Place.place)
+        is_main_process = property(lambda self: Place.place == 0)
+
+        def wait_for_everyone(self):
+            if self.is_main_process:
+                parts.update(path.name for path in (tmp_path / "two" / "parts").glob("*.jsonl"))
+                assert parts == {"000000.jsonl", "000002.jsonl"}
+                Place.place = 1
+                run("two")
+                Place.place = 0
+
+    parts = set()
+    monkeypatch.setattr(evaluation, "Accelerator", Place)
+    assert contents(run("two")) == contents(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Volumes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_its_slices_put_back_together(tmp_path, weights, pipe):
+    write_layout("synthrad2023-task1", tmp_path / "scans", 1, size=32, num_slices=8)
+    scans = {"data_dir": str(tmp_path / "scans"), "split": "train"}
+    options = {"level": "volume", "routes": ["MRI-CT"], "batch_size": 3}
+    evaluate(tmp_path / "run", model=weights, **scans, **options, **FAST)
+    (record,) = records_of(tmp_path / "run")
+    rows = [row for row in load_dataset("synermed", streaming=True, **scans) if row["target_modality"] == "CT"]
+    assert record["slice_index"] is None and record["slices"] == len(rows) == 8
+    # One noise for all slices: neighbours differ by their anatomy alone.
+    made = evaluation.Synthesis(pipe, FAST)(rows, [record["seed"]] * 8)
+    wanted, mask = (np.stack([np.asarray(row[name]) for row in rows]) for name in ("target_image", "mask"))
+    judged = evaluate_case(np.stack(made), wanted, mask=mask, modality="CT", spacing=tuple(rows[0]["spacing"]))
+    check_alike(record["metrics"], judged["metrics"], 1e-3)
+
+
+def made_case(usable):
+    """One case in memory, CT and CBCT of noise."""
+    rng = np.random.default_rng(0)
+    images = {name: rng.uniform(-500, 500, (6, 32, 32)).astype(np.float32) for name in ("CBCT", "CT")}
+    windows = {name: {"unit": "HU", "low": -1024.0, "high": 3071.0} for name in images}
+    record = CaseRecord("made", "case", "patient", "brain", "axial", dict.fromkeys(images, ""))
+    return LoadedCase(record, images, np.ones((6, 32, 32), bool), None, (1.0, 1.0, 1.0), windows, np.array(usable))
+
+
+def test_slices_with_gaps_are_no_volume():
+    judge = Judge(lambda rows, seeds: [np.zeros((32, 32))] * len(rows), SynerMedGenImageProcessor(), level="volume")
+    units = list(judge.units(row for _, row in pair_rows(made_case([0, 1, 3, 4]))))
+    with pytest.raises(ValueError, match="made/case: the usable slices 0 to 4 have gaps.*--level slice"):
+        judge(units[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mapping_is_fitted_on_training_patients_alone(run, scans, rows):
+    folder = run("mapping", baseline="mapping", split="test", routes=["brain/MRI-CT", "pelvis/MRI-CT"])
+    tables = json.loads((folder / "mapping.json").read_text())
+    assert tables == fit_mapping(rows, SynerMedGenImageProcessor(), ["brain/MRI-CT", "pelvis/MRI-CT"])
+    trained = {row["case_id"] for row in rows}
+    assert not trained & {record["case_id"] for record in records_of(folder)}
+
+
+def test_baselines_are_no_model(run):
+    folder = run("copy", baseline="copy", routes=["MRI-CT"])
+    arguments = json.loads((folder / "arguments.json").read_text())
+    assert arguments["baseline"] == "copy" and "checksum of the weights" not in arguments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refused(run, tmp_path, name="new", **arguments):
+    """What is said, and that nothing was written."""
+    with pytest.raises((OSError, ValueError)) as error:
+        run(name, **arguments)
+    assert not (tmp_path / name).exists()
+    return str(error.value)
+
+
+@pytest.fixture
+def brain_only(weights, tmp_path):
+    """The weights, as if they had been trained for one route."""
+    model = Path(shutil.copytree(weights, tmp_path / "brain-only"))
+    config = json.loads((model / "model" / "config.json").read_text())
+    (model / "model" / "config.json").write_text(json.dumps({**config, "trained_routes": ["brain/MRI-CT"]}))
+    return model
+
+
+def test_routes_that_the_model_was_not_trained_for_are_refused_by_name(run, tmp_path, brain_only):
+    said = refused(run, tmp_path, model=brain_only, routes=["MRI-CT"])
+    assert said == "The model was not trained for pelvis/MRI-CT. It was trained for: brain/MRI-CT."
+    with pytest.raises(ValueError, match="No case has one of the routes T1-T2"):
+        run("new", routes=["T1-T2"])
+
+
+def test_without_a_wish_only_trained_routes_are_evaluated_and_the_others_said(run, brain_only, caplog):
+    summary = read_summary(run("some", model=brain_only))
+    assert list(summary["routes"]) == summary["arguments"]["routes"] == ["brain/MRI-CT"]
+    assert "not trained for them: brain/CT-MRI, pelvis/MRI-CT, pelvis/CT-MRI" in caplog.text
+
+
+def test_weights_that_cannot_synthesise_are_not_asked(run, weights, tmp_path):
+    model = Path(shutil.copytree(weights, tmp_path / "model"))
+    config = json.loads((model / "model" / "config.json").read_text())
+    (model / "model" / "config.json").write_text(json.dumps({**config, "missing_parts": ["generation"]}))
+    assert "came without its generation weights" in refused(run, tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"data_dir": None}, "Pass either --data-dir or --phantom-cases"),
+        ({"phantom_cases": 1}, "Pass either --data-dir or --phantom-cases"),
+        ({"baseline": "magic"}, "magic"),
+        ({"level": "patient"}, "patient"),
+        ({"protocol": "mine"}, "mine"),
+        ({"split": "exam"}, "exam"),
+        ({"samples": 0}, "samples and batch_size must be at least 1"),
+        ({"level": "volume", "slice_step": 2}, "leave --slice-step out"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be"),
+        ({"routes": ["sideways"]}, "'sideways' names no route"),
+        ({"data_dir": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(run, tmp_path, arguments, says):
+    assert says in refused(run, tmp_path, **arguments)
+
+
+def test_the_authors_released_pictures_are_no_scans(run, tmp_path):
+    write_layout("synermed", tmp_path / "released", 2, size=32)
+    assert "8 bits over windows that nobody knows" in refused(run, tmp_path, data_dir=tmp_path / "released")
+
+
+def test_another_evaluation_in_the_same_folder_is_refused(whole, run, tmp_path, brain_only):
+    shutil.copytree(whole, tmp_path / "again")
+    before = contents(tmp_path / "again")
+    for arguments, says in (
+        ({"seed": 5}, r"seed 0 \(now 5\)"),
+        ({"routes": ["brain/MRI-CT"]}, "routes"),
+        ({"num_inference_steps": 3}, "sampling"),
+        ({"split": "test"}, "split 'train'"),
+        ({"baseline": "copy"}, "baseline None"),
+        ({"model": brain_only}, "model"),
+    ):
+        with pytest.raises(ValueError, match=f"holds answers to something else: .*{says}.*Choose another folder"):
+            run("again", **arguments)
+    assert contents(tmp_path / "again") == before
+
+
+def test_other_scans_under_the_same_name_are_refused(run, scans, tmp_path):
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    run("again", data_dir=data, routes=["brain/MRI-CT"], baseline="copy")
+    volume = next(data.rglob("mr.nii.gz"))
+    shutil.copyfile(volume, tmp_path / "copy")
+    os.utime(volume, (0, 0))  # written anew
+    with pytest.raises(ValueError, match="something else: state of the data"):
+        run("again", data_dir=data, routes=["brain/MRI-CT"], baseline="copy")
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(run, tmp_path):
+    (tmp_path / "busy").mkdir()
+    with FileLock(tmp_path / "busy" / ".lock"), pytest.raises(ValueError, match="Another run is writing to"):
+        run("busy", baseline="copy")
+
+
+def test_a_prediction_that_is_not_finite_is_named_and_the_rest_kept(whole, run, tmp_path, monkeypatch):
+    synthesise = evaluation.Synthesis.__call__
+
+    def spoiled(self, rows, seeds):
+        made = synthesise(self, rows, seeds)
+        if rows[0]["source_modality"] == "CT":
+            made[-1][3, 4:6] = np.nan, np.inf
+        return made
+
+    monkeypatch.setattr(evaluation.Synthesis, "__call__", spoiled)
+    with pytest.raises(ValueError, match=r"CT-MRI, slice \d+: of the prediction's \d+ values 2 are NaN or infinite"):
+        run("again")
+    monkeypatch.setattr(evaluation.Synthesis, "__call__", synthesise)
+    assert contents(run("again")) == contents(whole)
+
+
+def test_a_case_that_cannot_be_read_is_counted_and_said(run, scans, tmp_path, caplog):
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    first = load_dataset("synermed", data_dir=str(data), split="train", streaming=True)
+    case = next(iter(first))["case_id"]
+    (volume,) = data.rglob(f"{case}/mr.nii.gz")
+    volume.write_bytes(volume.read_bytes()[:300])
+    summary = read_summary(run("rest", data_dir=data, baseline="copy"))
+    assert summary["cases"]["without slices"] == 1 and "1 of" in caplog.text and "report.jsonl" in caplog.text
+    assert case not in {record["case_id"] for record in records_of(tmp_path / "rest")}
