@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--train_cases", type=int, default=60, help="simulated subjects per protocol")
     parser.add_argument("--contrast_steps", type=int, default=1500)
     parser.add_argument("--contrast_volumes", type=int, default=24, help=f"a step, {SLICES} slices of each")
-    parser.add_argument("--compare_steps", type=int, default=500)
+    parser.add_argument("--compare_steps", type=int, default=600)
     parser.add_argument("--compare_batch_size", type=int, default=48)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--muon_learning_rate", type=float, default=0.02, help="of the ViT's matrices, for contrast")
@@ -144,12 +144,13 @@ def contrast_loss(model, namer, slices: Slices, rows: np.ndarray, temperature: t
     rows = rows.reshape(-1)
     tokens = model.get_image_features(**slices.pixels(rows)).pooler_output
     image = torch.stack(tokens).float().mean(1)
-    # The first half of an image's numbers is for the place: what differs between modalities needs room of its own.
-    one, other = normalize(image[:, : image.shape[1] // 2], dim=-1).chunk(2)
+    # What differs between modalities has a little room of its own: elsewhere, the same place looks the same in all.
+    room = image.shape[1] // 8
+    one, other = normalize(image[:, room:], dim=-1).chunk(2)
     scores = temperature.exp() * one @ other.T
     same = torch.arange(len(scores))
     place = (cross_entropy(scores, same) + cross_entropy(scores.T, same)) / 2
-    return place + cross_entropy(namer(image), slices.modality[torch.as_tensor(rows)])
+    return place + cross_entropy(namer(image[:, :room]), slices.modality[torch.as_tensor(rows)])
 
 
 def compare_batch(model, processor, slices: Slices, count: int, rng) -> dict[str, torch.Tensor]:
@@ -220,7 +221,7 @@ def main(args):
             return model(**batch).loss
 
     temperature = torch.nn.Parameter(torch.tensor(2.3))  # of CLIP: 1 / 0.1, as a logarithm
-    namer = torch.nn.Linear(model.config.text_config.hidden_size, len(MODALITIES))  # not kept
+    namer = torch.nn.Linear(model.config.text_config.hidden_size // 8, len(MODALITIES))  # not kept
     eyes = [(name, p) for name, p in model.named_parameters() if part_of(name) == "vision"]
     half_way = args.output_dir / "eyes.safetensors"
     if half_way.exists():  # of an interrupted run

@@ -108,6 +108,20 @@ def model_source(model: str | None) -> str:
     return str(checkpoint_path(model)) if is_bundled else model
 
 
+def load_pipeline(model: str | None, device: str | None, dtype: Dtype):
+    """The pipeline of a checkpoint, where and in what it is to compute."""
+    import torch
+
+    from . import SynerMedGenPipeline
+    from .doctor import choose_device
+
+    where = choose_device(device)
+    pipe = SynerMedGenPipeline.from_pretrained(
+        model_source(model), dtype=getattr(torch, dtype.value), print_report=False
+    )
+    return pipe.to(where)
+
+
 @app.command()
 def info(
     model: Annotated[
@@ -144,6 +158,119 @@ def doctor(
 
         record = examine(model_source(model), device, self_test)
         return Report(doctor_text(record), record, exit_code=1 if record["problems"] else 0)
+
+    run(look, as_json=as_json)
+
+
+@app.command()
+def synthesize(
+    scans: Annotated[
+        Path, typer.Argument(help="A volume (.nii.gz, .mha, .nrrd), a folder with a DICOM series, or a folder of many.")
+    ],
+    target: Annotated[list[str], typer.Option("--target", "-t", help="Modality to make; several times for several.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A file for one result, else a folder.")],
+    source: Annotated[
+        str | None, typer.Option(help="Modality of the scans; by default what DICOM says or the weights see.")
+    ] = None,
+    region: Annotated[str | None, typer.Option(help="brain, pelvis or whole-body.")] = None,
+    axis: Annotated[
+        str | None, typer.Option(help="axial, coronal or sagittal slices; by default those of the training data.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Which files below a folder, such as '*/mr.nii.gz'.")] = None,
+    series: Annotated[str | None, typer.Option(help="UID of a DICOM series, where a folder holds several.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Volume that is above 0 in the body, for a single scan.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="nifti, mha, nrrd or dicom; by default that of the output, or the scan's own.")
+    ] = None,
+    deidentify: Annotated[
+        bool, typer.Option("--deidentify", help="DICOM without a tag of its source; results are called by number.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; by default the checkpoint's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="By the text.")] = None,
+    image_guidance_scale: Annotated[float | None, typer.Option(min=0, help="By the source.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Mean and standard deviation of so many syntheses.")] = 1,
+    overlap: Annotated[int, typer.Option(min=0, help="Blend each slice with so many neighbours to either side.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 8,
+    device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make again what is there.")] = False,
+    as_json: Json = False,
+):
+    """Synthesise whole scans: calibrated volumes on exactly the input's grid, each with a record. Research use only.
+
+    Interrupted, the same command goes on. On several GPUs: accelerate launch -m synermedgen_hf.cli synthesize ...
+    """
+
+    def make():
+        from dataclasses import asdict
+
+        from .volumes.runs import synthesize_cases
+
+        outcomes = synthesize_cases(
+            load_pipeline(model, device, dtype),
+            scans,
+            target,
+            output,
+            source=source,
+            region=region,
+            pattern=pattern,
+            series_uid=series,
+            mask=mask,
+            file_format=format,
+            deidentify=deidentify,
+            overwrite=overwrite,
+            batch_size=batch_size,
+            axis=axis,
+            seed=seed,
+            num_samples=samples,
+            overlap=overlap,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+        )
+        failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+        lines = [
+            f"{sum(outcome.status == status for outcome in outcomes)} {words}"
+            for status, words in (("made", "made"), ("kept", "there already"), ("failed", "failed"))
+            if any(outcome.status == status for outcome in outcomes)
+        ]
+        text = f"{', '.join(lines)}: {output}" + "".join(
+            f"\n{one.label} to {one.target}: {one.error}" for one in failed
+        )
+        return Report(text, {"output": str(output), "results": [asdict(one) for one in outcomes]}, 1 if failed else 0)
+
+    run(make, as_json=as_json)
+
+
+@app.command()
+def identify(
+    scans: Annotated[Path, typer.Argument(help="A picture, a volume, a folder with a DICOM series, or one of many.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Which files below a folder, such as '*/mr.nii.gz'.")] = None,
+    series: Annotated[str | None, typer.Option(help="UID of a DICOM series, where a folder holds several.")] = None,
+    device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    as_json: Json = False,
+):
+    """Name the modality of scans by their middle slice, and how sure the weights are."""
+
+    def look():
+        from .volumes.runs import identify_scans
+
+        found = identify_scans(load_pipeline(model, device, dtype), scans, pattern, series)
+        lines = [
+            f"{one['case']}: {one['error']}"
+            if "error" in one
+            else f"{one['case']}: {one['modality']} ({one['probability']:.0%})"
+            for one in found
+        ]
+        return Report("\n".join(lines), {"scans": found}, 1 if any("error" in one for one in found) else 0)
 
     run(look, as_json=as_json)
 

@@ -14,6 +14,8 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from .dicom import Series, list_series, read_series  # noqa: F401 (where one looks for them)
+
 NIFTI = (".nii", ".nii.gz")
 ITK_READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
 ITK = tuple(ITK_READERS)
@@ -69,22 +71,31 @@ def read_volume(path: str | Path, series_uid: str | None = None, modality: str |
     Read one scan.
 
     Args:
-        path (`str` or `Path`): `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd`, or a folder with one DICOM series.
+        path (`str` or `Path`): `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd`, or a folder with a DICOM series.
+        series_uid (`str`, *optional*): Which series, where a folder holds several: see [`list_series`].
+        modality (`str`, *optional*): Of the scan, where the file does not say it or says it otherwise.
 
     Returns:
-        [`Volume`]
+        [`Volume`], with a modality where DICOM says it. Its voxels may hold NaN where the file's do.
 
     Raises:
-        `ValueError`: Not a volume, damaged, not three-dimensional, or without a usable affine.
+        `ValueError`: Not a volume, damaged, not three-dimensional, without a usable affine, or a DICOM series that is
+            no regular grid.
         `FileNotFoundError`: There is no such file.
-        `ImportError`: SimpleITK is needed and not installed.
+        `ImportError`: SimpleITK, pydicom or pysuv is needed and not installed.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     if not path.is_dir() and not extension(path):
         raise ValueError(f"{path} is not a volume: known are {', '.join(EXTENSIONS)} and folders of one DICOM series.")
-    volume = _read_nifti(path) if extension(path) in NIFTI else _read_itk(path)
+    if series_uid is not None and not path.is_dir():
+        raise ValueError(f"{path} is a file: a series UID chooses among the DICOM series of a folder.")
+    if path.is_dir():
+        array, affine, known, unit = read_series(path, series_uid)
+        volume = _turned(array, affine, known, unit)
+    else:
+        volume = _read_nifti(path) if extension(path) in NIFTI else _read_itk(path)
     shape, affine = volume.array.shape, volume.affine
     if volume.array.ndim != 3 or min(shape) < 1:
         raise ValueError(f"{path} has shape {shape}: a volume of three dimensions is needed.")
@@ -169,15 +180,17 @@ def _read_nifti(path: Path) -> Volume:
             raise ValueError(f"{path} has shape {image.shape}: a volume of three dimensions is needed.")
         if not _spans_space(image.affine):
             raise ValueError(f"{path} has no usable affine: its axes do not span space.")
-        orientation = nibabel.io_orientation(image.affine)
+        if not image.header["sform_code"] and not image.header["qform_code"]:
+            raise ValueError(
+                f"{path} has no affine: sform_code and qform_code are 0, so that left and right are unknown. Set the "
+                "affine of the scanner first, for example with nibabel: image.set_sform(affine, code=1)."
+            )
         array = np.asanyarray(image.dataobj)  # keeps integers where no scaling is needed
     except (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: it is damaged or not complete ({error}).") from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} holds {array.dtype}: one real number a voxel is needed.")
-    affine = image.affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
-    original = Grid(image.affine, orientation)
-    return Volume(_plain(nibabel.orientations.apply_orientation(array, orientation)), affine, original=original)
+    return _turned(array, image.affine)
 
 
 def _read_itk(path: Path) -> Volume:
@@ -186,53 +199,47 @@ def _read_itk(path: Path) -> Volume:
     except ImportError:
         raise ImportError(f"Reading {path.name} needs SimpleITK: pip install 'synermedgen-hf[dicom]'.") from None
     try:
-        if path.is_dir():
-            series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-            if len(series) != 1:
-                raise ValueError(f"{path} holds {len(series)} DICOM series: name a folder with exactly one.")
-            reader = sitk.ImageSeriesReader()
-            reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]))
-            reader.MetaDataDictionaryArrayUpdateOn()
-            image = reader.Execute()
-            _check_steps(path, reader, image)
-        else:
-            # Named, since ITK knows endings in small letters only.
-            image = sitk.ReadImage(str(path), imageIO=ITK_READERS[extension(path)])
+        # Named, since ITK knows endings in small letters only.
+        image = sitk.ReadImage(str(path), imageIO=ITK_READERS[extension(path)])
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{path} cannot be read: it is damaged or not complete ({reason}).") from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"{path} is no volume of three dimensions with one value a voxel.")
-    array = sitk.GetArrayViewFromImage(image).transpose(2, 1, 0)
+    array = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    affine = np.diag([-1, -1, 1, 1]) @ affine  # LPS to RAS
+    return _turned(array, np.diag([-1, -1, 1, 1]) @ affine)  # LPS to RAS
+
+
+def _turned(array: np.ndarray, affine: np.ndarray, modality: str | None = None, unit: str | None = None) -> Volume:
+    """The axes of a file brought to those nearest to right, front and head."""
     orientation = nibabel.io_orientation(affine)
-    original = Grid(affine, orientation)
-    affine = affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
-    turned = _plain(nibabel.orientations.apply_orientation(array, orientation)).copy()
-    return Volume(turned, affine, original=original)
+    turned = nibabel.orientations.apply_orientation(array, orientation)
+    turned = plain(turned.copy())
+    placed = affine @ nibabel.orientations.inv_ornt_aff(orientation, array.shape)
+    return Volume(turned, placed, modality, unit, Grid(affine, orientation))
 
 
-def _check_steps(path: Path, reader, image):
-    """Raise a `ValueError` if slices of a DICOM series are missing or doubled: the grid would be stretched."""
-    tag = "0020|0032"  # ImagePositionPatient
-    count = image.GetSize()[2]
-    if count < 3 or not all(reader.HasMetaDataKey(place, tag) for place in range(count)):
-        return
-    places = np.array([[float(x) for x in reader.GetMetaData(place, tag).split("\\")] for place in range(count)])
-    normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
-    steps = np.abs(np.diff(places @ normal))
-    if steps.max() > 1.05 * steps.min() + 1e-3:
-        raise ValueError(
-            f"{path}: the slices of the DICOM series lie {steps.min():.4g} to {steps.max():.4g} mm apart; some are "
-            "missing or doubled."
-        )
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
+def plain(array: np.ndarray) -> np.ndarray:
     """Native integers of up to 16 bits as they are, anything else as float32."""
     if array.dtype.kind in "iu" and array.dtype.itemsize <= 2:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     return array.astype(np.float32)
+
+
+__all__ = [
+    "Grid",
+    "Series",
+    "Volume",
+    "extension",
+    "list_series",
+    "read_volume",
+    "resample",
+    "same_grid",
+    "shared_extent",
+    "slice_spacing",
+    "slices_of",
+    "stack_axis",
+]
