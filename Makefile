@@ -10,7 +10,7 @@
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-EXTRAS := test,quality,phantom
+EXTRAS := test,quality,phantom,demo
 HAS_TORCH := -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
 comma := ,
 
@@ -25,11 +25,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help demo test test-slow quality benchmark train-tiny clean
+.PHONY: help demo space test test-slow quality benchmark train-tiny clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        synthesise CT from a real MR slice, and more, into demo_output/"
+	@echo "make space       the same in a browser, at http://127.0.0.1:7860"
 	@echo "make test        the test suite"
 	@echo "make test-slow   the tests left out of it"
 	@echo "make quality     lint and format check"
@@ -54,6 +55,9 @@ endif
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py --output_dir demo_output
+
+space: $(INSTALLED)
+	$(PY) spaces/synermedgen/app.py
 
 test: $(INSTALLED)
 	$(PY) -m pytest

@@ -17,6 +17,7 @@ os.environ.update(HUB.environment(), HF_HOME=HF_HOME.name)
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +32,13 @@ from synermedgen_hf import (
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+@pytest.fixture(autouse=True)
+def forget_the_accelerator():
+    """What a script in one test said about precision and processes does not hold for the next."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

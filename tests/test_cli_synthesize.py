@@ -1,11 +1,11 @@
 """`synermedgen synthesize` and `identify`, with the bundled weights on small simulated scans."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import nibabel
 import numpy as np
@@ -154,7 +154,9 @@ def test_ctrl_c_keeps_what_is_finished(scans, tmp_path):
         nibabel.save(nibabel.Nifti1Image(head(number, slices=40), AFFINE), folder / "mr.nii.gz")
     command = [sys.executable, "-m", "synermedgen_hf.cli", "synthesize", str(scans), "--pattern", "*/mr.nii.gz"]
     command += ["-t", "CT", "-o", str(tmp_path / "out"), *QUICK]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+    # A test run in the background ignores SIGINT, and so would what it starts.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
     for _ in range(600):
         if list((tmp_path / "out").glob("p*/mr_CT.nii.gz")):
             break
