@@ -74,6 +74,9 @@ benchmark: $(INSTALLED)
 	$(PY) examples/benchmark_checkpoints.py
 	$(PY) examples/benchmark_data.py
 	$(PY) examples/benchmark_understanding.py
+	$(PY) examples/benchmark_metrics.py
+	$(PY) examples/benchmark_volumes.py
+	$(PY) examples/benchmark_evaluation.py
 
 # The script calls `python`.
 train-tiny: $(INSTALLED)
