@@ -1,0 +1,874 @@
+"""The Space: SynerMedGen in a browser, for anybody. Research use only.
+
+    python spaces/synermedgen/app.py                                        # the bundled demonstration weights
+    SYNERMEDGEN_CHECKPOINT=you/synermedgen-7b python spaces/synermedgen/app.py
+
+One model serves all visitors, one request at a time, in the order they came. The app holds no logic of its own: the
+package reads, checks, synthesises and writes; this file lays out the page, and `viewer.py` paints slices.
+
+Uploads are hostile and private. A file is checked by `synermedgen_hf.volumes.uploads`, read once, and never named in a
+message or a log; what a visitor looks at is kept in memory until the tab closes; files of the page are gone after
+fifteen minutes.
+"""
+
+import atexit
+import html
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if "GRADIO_TEMP_DIR" not in os.environ:  # uploads and pictures of this run of the app alone, gone with it
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="synermedgen-space-")
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+
+import gradio as gr
+import numpy as np
+import torch
+from gradio.utils import get_upload_folder
+from PIL import Image
+from viewer import Result, Results, in_plane, layer_of, pair, picture, table
+
+from synermedgen_hf import MODALITIES, SynerMedGenPipeline, checkpoint_path
+from synermedgen_hf.data.sources import AXES, load_case, read_manifest
+from synermedgen_hf.data.understanding import TaskSampler
+from synermedgen_hf.image_processing_synermedgen import to_display
+from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, REGION_NAMES
+from synermedgen_hf.volumes.reading import resample, same_grid, slices_of
+from synermedgen_hf.volumes.synthesis import synthesize_volume, write_synthesis
+from synermedgen_hf.volumes.uploads import UploadLimits, free_memory, read_upload, unpacked
+from synermedgen_hf.volumes.writing import write_dicom_series
+
+HERE = Path(__file__).parent
+KEPT_SECONDS = 900  # files of the page: uploads, pictures, downloads
+TASK_NAMES = {"CTS": "which slices belong together", "MI": "naming a modality", "TIA": "describing a change"}
+ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
+AT_ONCE = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+
+
+def load_pipeline() -> SynerMedGenPipeline:
+    """The checkpoint that SYNERMEDGEN_CHECKPOINT names, or the bundled weights; on a GPU where there is one."""
+    pipe = SynerMedGenPipeline.from_pretrained(
+        os.environ.get("SYNERMEDGEN_CHECKPOINT") or checkpoint_path(),
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Stopped(Exception):
+    """The visitor cancelled, or closed the page."""
+
+
+class Work:
+    """
+    Long work in a thread of its own, so that a visitor who leaves can stop it between two steps of the model.
+
+    Args:
+        work (`Callable`): Called with two functions: `report(done, total)`, and one for the pipeline's
+            `callback_on_step_end`. Either raises [`Stopped`] once nobody waits any more.
+    """
+
+    def __init__(self, work):
+        self.stop, self.done, self.total, self.result, self.error = threading.Event(), 0, 0, None, None
+        self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+
+    def _run(self, work):
+        try:
+            self.result = work(self._report, self._step)
+        except BaseException as error:  # raised again where the visitor is
+            self.error = error
+
+    def _report(self, done: int, total: int):
+        self.done, self.total = done, total
+        if self.stop.is_set():
+            raise Stopped
+
+    def _step(self, pipe, step, timestep, tensors):
+        if self.stop.is_set():
+            raise Stopped
+        return tensors
+
+    def __iter__(self):
+        self.thread.start()
+        try:
+            while self.thread.is_alive():
+                self.thread.join(0.25)
+                yield self.done, self.total
+        finally:  # also when the page is closed or the run cancelled: the iterator is closed
+            self.stop.set()
+            self.thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+def said(error: Exception) -> gr.Error:
+    """What is wrong, in the package's own words; of an `OSError`, which names visitors' files, only the kind."""
+    text = error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+    return gr.Error(html.escape(text), duration=None, print_exception=False, title="That did not work")
+
+
+def status(text: str, share: float | None = None) -> str:
+    bar = "" if share is None else f"<div class=bar><div style='width:{100 * share:.0f}%'></div></div>"
+    return f"<div class=status role=status>{text}{bar}</div>"
+
+
+def time_left(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+class App:
+    """
+    The page around one pipeline.
+
+    Args:
+        pipe ([`SynerMedGenPipeline`]): The model of all visitors.
+        limits ([`UploadLimits`], *optional*): What an upload may hold.
+    """
+
+    def __init__(self, pipe: SynerMedGenPipeline, limits: UploadLimits | None = None):
+        self.pipe, self.config = pipe, pipe.model.config
+        self.codec = pipe.processor.image_processor
+        self.limits = limits or UploadLimits()
+        self.results = Results(max_bytes=free_memory() // 4)
+        self.cases = read_manifest(HERE / "examples" / "manifest.csv")[0]
+        self.quiz = TaskSampler(len(self.cases), lambda number: load_case(self.cases[number]), tasks=("CTS",))
+
+    # ---- what the checkpoint can do ----
+
+    @property
+    def routes(self) -> list[tuple[str, str, str]]:
+        """Region, source, target. All are offered where a checkpoint does not say what it was trained for."""
+        named = [name.rpartition("/") for name in self.config.trained_routes]
+        trained = [(region, *pair.split("-")) for region, _, pair in named]
+        return trained or [(None, a, b) for a in MODALITIES for b in MODALITIES if a != b]
+
+    def sources(self) -> list[str]:
+        known = {source for _, source, _ in self.routes}
+        return [name for name in MODALITIES if name in known]
+
+    def regions(self) -> list[str]:
+        return list(dict.fromkeys(region for region, _, _ in self.routes if region))
+
+    def targets(self, source: str | None, region: str | None) -> list[str]:
+        known = {b for where, a, b in self.routes if a == source and (region is None or where == region)}
+        return [name for name in MODALITIES if name in known]
+
+    def learned(self, task: str) -> bool:
+        return task in self.config.trained_tasks
+
+    def missing_lesson(self) -> str:
+        """Says plainly what the checkpoint has not been taught; empty if it has been taught everything."""
+        missing = [name for task, name in TASK_NAMES.items() if not self.learned(task)]
+        if not missing:
+            return ""
+        if len(missing) == len(TASK_NAMES):
+            return (
+                "This checkpoint has not been trained on the understanding tasks: it synthesises, but it cannot name a "
+                "modality or answer questions. Those parts of the page are switched off."
+            )
+        return (
+            f"This checkpoint has not been trained on {', '.join(missing)}. Those parts of the page are switched off."
+        )
+
+    # ---- a scan comes in ----
+
+    def read(self, scan: str | None, modality: str | None = None):
+        """The upload, and its volume in the units of `modality`."""
+        if not scan:
+            raise gr.Error("Choose a scan first: upload one or take an example.", print_exception=False)
+        try:
+            upload = read_upload(scan, self.limits)
+        except FileNotFoundError:
+            raise ValueError(
+                f"This upload is no longer kept after {KEPT_SECONDS // 60} minutes: send it again."
+            ) from None
+        return upload, upload.in_scanner_units(modality, self.codec) if modality else upload.volume
+
+    def middle_slice(self, volume, region: str | None = None) -> np.ndarray:
+        """Cut as the training data of the region were; a single slice is axial."""
+        axis = AXES.get(region, "axial") if volume.array.shape[2] > 1 else "axial"
+        slices = slices_of(volume, axis)
+        return np.ascontiguousarray(slices[len(slices) // 2])
+
+    def recognise(self, scan: str | None, region: str | None) -> tuple[dict, str | None]:
+        """Probabilities of the modalities for the middle slice, and the modality that the file itself states."""
+        upload, volume = self.read(scan)
+        stated = getattr(volume, "modality", None)
+        if not self.learned("MI"):
+            return {}, stated
+        return self.pipe.identify(self.middle_slice(volume, region))["probabilities"], stated
+
+    def look_at(self, scan: str | None, source: str | None, region: str | None, wanted: str | None = None):
+        """A new scan: what it is, as far as anybody can tell, and what can be made of it, `wanted` first."""
+        if not scan:
+            return None, "<p class=seen>Nothing uploaded yet.</p>", None, self.offer(None, region)
+        try:
+            probabilities, stated = self.recognise(scan, region)
+            upload, volume = self.read(scan)
+        except (ValueError, OSError, ImportError) as error:
+            raise said(error) from None
+        array = self.middle_slice(volume, region)
+        preview = to_display(array, (float(array.min()), float(array.max()) or 1.0))
+        size = " × ".join(str(side) for side in volume.array.shape) if upload.white is None else "one slice"
+        lines = [f"{upload.format}, {size}"]
+        if stated:
+            lines.append(f"the file says {MODALITY_NAMES.get(stated, stated)}")
+        if probabilities:
+            best = max(probabilities, key=probabilities.get)
+            lines.append(f"the model sees {MODALITY_NAMES[best]} ({probabilities[best]:.0%} sure)")
+            source = stated or best
+        elif stated:
+            source = stated
+        else:
+            lines.append("say below what it is: this checkpoint has not learned to tell")
+        source = source if source in self.sources() else None
+        seen = f"<p class=seen>{'; '.join(map(html.escape, lines))}.</p>"
+        return preview, seen, source, self.offer(source, region, wanted)
+
+    def offer(self, source: str | None, region: str | None, wanted: str | None = None):
+        """The targets that this checkpoint was trained for."""
+        choices = self.targets(source, region)
+        named = [(MODALITY_NAMES[name], name) for name in choices]
+        told = (
+            "" if choices or source is None else f"This checkpoint makes nothing from {MODALITY_NAMES[source]} there."
+        )
+        told = told or ("" if choices else "Say first which modality the scan is.")
+        return gr.CheckboxGroup(
+            choices=named,
+            value=[wanted] if wanted in choices else choices[:1],
+            info=told or "Several at once if you like.",
+        )
+
+    def take_example(self, event: gr.SelectData):
+        """An example, with what is known of it."""
+        case = self.cases[event.index]
+        source, target = list(case.files)[:2]
+        if (case.region, source, target) not in [route for route in self.routes]:
+            source, target = target, source
+        return case.files[source], source, case.region, case.files[target], target
+
+    # ---- synthesis ----
+
+    def make(self, scan, targets, source, region, steps, guidance, image_guidance, seed, samples, reference=None):
+        """Everything is checked, then target after target is made. Yields `(share done, text)`, last the result."""
+        begin = time.monotonic()
+        if not source:
+            raise ValueError("Say which modality the scan is: this checkpoint was not asked, or cannot tell.")
+        if not targets:
+            raise ValueError("Choose at least one target.")
+        for target in targets:
+            self.pipe.check_route([source], target, region or None)
+        upload, volume = self.read(scan, source)
+        arguments = {"source": source, "region": region or None, "seed": int(seed), "num_samples": int(samples)}
+        arguments |= {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+        arguments |= {"image_guidance_scale": float(image_guidance), "progress": False}
+        if upload.white is not None:  # a picture is one axial slice, whatever the target
+            arguments["axis"] = "axial"
+        syntheses = {}
+        for number, target in enumerate(targets):
+            work = Work(
+                lambda report, step, target=target: synthesize_volume(
+                    self.pipe, volume, target, callback=report, callback_on_step_end=step, **arguments
+                )
+            )
+            for done, total in work:
+                share = (number + (done / total if total else 0)) / len(targets)
+                passed = time.monotonic() - begin
+                left = f", about {time_left(passed / share - passed)} left" if share > 0.05 else ""
+                of = f"slice {done} of {total}" if total else "reading the scan"
+                yield share, f"{MODALITY_NAMES[target]}: {of}{left}"
+            syntheses[target] = work.result
+            for warning in work.result.record["warnings"]:
+                gr.Warning(html.escape(warning))
+        axis = next(iter(syntheses.values())).record["axis"]
+        result = Result(
+            source=layer_of(source, source, volume, axis, self.codec),
+            spacing=in_plane(volume, axis),
+            syntheses=syntheses,
+        )
+        for target, synthesis in syntheses.items():
+            title = f"Synthetic {target}"
+            result.made[target] = layer_of(title, target, synthesis.volume, axis, self.codec)
+            if synthesis.std is not None:
+                result.spread[target] = layer_of("Spread over seeds", target, synthesis.std, axis, self.codec)
+        if reference is not None:
+            path, target = reference
+            measured = read_upload(path, self.limits).in_scanner_units(target, self.codec)
+            if not same_grid(measured, volume):
+                gr.Warning("The reference lies on another grid and was resampled onto the scan's.")
+                measured = resample(measured, volume, self.codec.intensity[target]["low"])
+            result.reference = layer_of(f"Reference {target}", target, measured, axis, self.codec)
+        yield 1.0, result
+
+    def run(
+        self,
+        scan,
+        targets,
+        source,
+        region,
+        steps,
+        guidance,
+        image_guidance,
+        seed,
+        samples,
+        reference,
+        reference_target,
+        request: gr.Request,
+    ):
+        """The button of the page: progress, then the result is there to be looked at."""
+        begin = time.monotonic()
+        measured = (reference, reference_target or (targets or [None])[0]) if reference else None
+        work = self.make(
+            scan, targets, source, region, steps, guidance, image_guidance, seed, samples, reference=measured
+        )
+        try:
+            yield status("Checking the scan", 0.0)
+            for share, told in work:
+                if isinstance(told, Result):
+                    self.results.put(request.session_hash, told)
+                else:
+                    yield status(html.escape(told), share)
+        except (ValueError, OSError, ImportError) as error:
+            raise said(error) from None
+        finally:
+            work.close()
+        yield status(f"Done in {time_left(time.monotonic() - begin)}.")
+
+    # ---- looking ----
+
+    def result_of(self, request: gr.Request) -> Result:
+        result = self.results.get(request.session_hash)
+        if result is None:
+            raise gr.Error("This result is no longer kept. Synthesise it again.", print_exception=False)
+        return result
+
+    def show(self, request: gr.Request):
+        """A new result: the first target, the middle slice, the usual windows."""
+        result = self.result_of(request)
+        target = next(iter(result.made))
+        last = len(result.source.slices) - 1
+        return (
+            gr.Radio(choices=[(MODALITY_NAMES[name], name) for name in result.made], value=target),
+            gr.Slider(maximum=max(last, 1), value=last // 2, interactive=last > 0),
+            gr.Column(visible=True),
+            gr.HTML(visible=False),
+        )
+
+    def choose(self, target: str, request: gr.Request):
+        """Another target: its views and windows."""
+        result = self.result_of(request)
+        made, source, views = result.made[target], result.source, result.views(target)
+        return (
+            gr.Radio(choices=views, value=views[0]),
+            gr.Dropdown(
+                choices=list(source.windows), value=source.usual_window, label=f"Window of the {source.modality}"
+            ),
+            gr.Dropdown(choices=list(made.windows), value=made.usual_window, label=f"Window of the synthetic {target}"),
+        )
+
+    def paint(self, target, view, index, source_window, target_window, request: gr.Request):
+        """The slice under the slider, and its values."""
+        result = self.result_of(request)
+        if target not in result.made:
+            target = next(iter(result.made))
+        index = min(int(index), len(result.source.slices) - 1)
+        view = view if view in result.views(target) else result.views(target)[0]
+        return pair(result, target, view, index, source_window, target_window), table(result, target, index)
+
+    def point(self, target, index, event: gr.EventData, request: gr.Request):
+        """Values under the pointer."""
+        result = self.results.get(request.session_hash)
+        if result is None or target not in result.made:
+            return gr.skip()
+        x, y = (min(max(float(share), 0.0), 1.0) for share in event._data["at"])
+        return table(result, target, min(int(index), len(result.source.slices) - 1), (x, y))
+
+    def forget(self, request: gr.Request):
+        self.results.drop(request.session_hash)
+
+    # ---- taking away ----
+
+    def write(self, form, target, index, scan, keep_tags, request: gr.Request):
+        """Files of what is looked at, each with its side-car; none carries a tag of the patient unless asked."""
+        result = self.result_of(request)
+        if target not in result.made:
+            return gr.skip()
+        try:
+            return self.files(result, form, target, int(index), scan, bool(keep_tags))
+        except (ValueError, OSError, ImportError) as error:
+            raise said(error) from None
+
+    def write_picture(self, form, *taken, request: gr.Request):
+        """Another slice: only the file of a single slice has to be written again."""
+        return self.write(form, *taken, request) if form == "PNG of this slice" else gr.skip()
+
+    def files(self, result: Result, form: str, target: str, index: int, scan: str | None, keep_tags: bool) -> list[str]:
+        # In the folder that gradio serves from and clears away, under a name that nobody can guess.
+        folder = Path(get_upload_folder()) / secrets.token_hex(20)
+        folder.mkdir(parents=True)
+        synthesis, name = result.syntheses[target], f"synthetic_{target.lower()}"
+        sidecar = folder / f"{name}.json"
+        if form == "NIfTI":
+            write_synthesis(synthesis, folder / f"{name}.nii.gz")
+        elif form == "MetaImage":
+            write_synthesis(synthesis, folder / f"{name}.mha")
+        elif form == "PNG of this slice":
+            made = result.made[target]
+            low, high = made.window
+            levels = np.clip((made.slices[index] - low) / (high - low), 0, 1) * 65535
+            Image.fromarray(np.rint(levels).astype(np.uint16)).save(folder / f"{name}_slice{index:03d}.png")
+            levels = {"slice": index, "black": low, "white": high, "levels": 65535, "unit": made.unit}
+            sidecar.write_text(json.dumps({**synthesis.record, "png": levels}, indent=2) + "\n")
+        else:
+            with unpacked(scan, self.limits) as (series, format):
+                if format != "DICOM":
+                    raise ValueError(
+                        "A derived DICOM series needs the DICOM series it is derived from: upload it as a zip."
+                    )
+                write_dicom_series(synthesis.volume, folder / name, source_series=series, deidentify=not keep_tags)
+            shutil.make_archive(str(folder / name), "zip", folder / name)
+            shutil.rmtree(folder / name)
+            sidecar.write_text(json.dumps(synthesis.record, indent=2) + "\n")
+        return [str(path) for path in sorted(folder.iterdir(), reverse=True)]
+
+    # ---- understanding ----
+
+    def name_modality(self, scan: str | None) -> dict[str, float]:
+        """Probability of each modality for the middle slice of a scan."""
+        try:
+            probabilities = self.pipe.identify(self.middle_slice(self.read(scan)[1]))["probabilities"]
+        except (ValueError, OSError, ImportError) as error:
+            raise said(error) from None
+        return {MODALITY_NAMES[name]: share for name, share in probabilities.items()}
+
+    def answer(self, scans: list[str] | None, question: str) -> str:
+        """The model's answer to a question about one or several scans, the middle slice of each."""
+        try:
+            if not (question or "").strip():
+                raise ValueError("Ask a question first.")
+            if not scans:
+                raise ValueError("Add at least one scan to ask about.")
+            return self.pipe.answer([self.middle_slice(self.read(scan)[1]) for scan in scans], question.strip())
+        except (ValueError, OSError, ImportError) as error:
+            raise said(error) from None
+
+    def ask(self, score: dict):
+        """A new question of the quiz."""
+        row = None
+        while row is None:
+            index = random.randrange(len(self.quiz))
+            row = self.quiz[index]
+        reference, *candidates = row["images"]
+        source, target = (MODALITY_NAMES[name] for name in row["route"].split("/")[1].split("-"))
+        labelled = [(image, letter) for image, letter in zip(candidates, row["options"], strict=True)]
+        told = (
+            f"<p>The first picture is a slice of a {source}. Which of the four {target} slices is the same place?</p>"
+        )
+        return {**score, "index": index}, reference, labelled, gr.Radio(value=None, interactive=True), told
+
+    def check(self, score: dict, choice: str | None):
+        """The truth, the visitor's choice and, where it has learned to choose, the model's."""
+        if choice is None or score["index"] is None:
+            return score, gr.skip(), gr.skip()
+        row = self.quiz[score["index"]]
+        right = row["answer"]
+        score = {**score, "index": None, "asked": score["asked"] + 1, "you": score["you"] + (choice == right)}
+        told = [f"It is <b>{right}</b>. You chose {choice}" + (", which is right." if choice == right else ".")]
+        if self.learned("CTS"):
+            scores = self.pipe.score_answers(row["images"], row["question"], row["options"]).softmax(0)
+            guess = row["options"][int(scores.argmax())]
+            score["model"] += guess == right
+            told.append(f"The model chose {guess} ({float(scores.max()):.0%} sure).")
+            told.append(f"You {score['you']}, the model {score['model']}, of {score['asked']}.")
+        else:
+            told.append(f"You have {score['you']} of {score['asked']}. The model has not been trained to play.")
+        return score, f"<p>{' '.join(told)}</p>", gr.Radio(interactive=False)
+
+    # ---- for programs ----
+
+    def synthesize(self, scan, target, source, region, steps, guidance, image_guidance, seed, samples):
+        """
+        Synthesise one target from a scan: a picture of the middle slice over the target's window, the volume as NIfTI
+        on the grid of the scan, and the record of how it was made.
+        """
+        work = self.make(scan, [target], source, region, steps, guidance, image_guidance, seed, samples)
+        try:
+            for _, told in work:
+                if isinstance(told, Result):
+                    made = told.made[target]
+                    middle = (len(made.slices) - 1) // 2
+                    volume = self.files(told, "NIfTI", target, middle, scan, False)
+                    nifti = next(path for path in volume if path.endswith(".nii.gz"))
+                    yield to_display(made.slices[middle], made.window), nifti, told.syntheses[target].record
+                else:  # nothing new, but a place where a caller who left can be noticed
+                    yield gr.skip(), gr.skip(), gr.skip()
+        except (ValueError, OSError, ImportError) as error:
+            raise said(error) from None
+        finally:
+            work.close()
+
+    # ---- the page ----
+
+    def build(self) -> gr.Blocks:
+        """Lays out the page and ties it to the methods above."""
+        config, sampling = self.config, self.config.sampling
+        name = Path(os.environ.get("SYNERMEDGEN_CHECKPOINT") or checkpoint_path()).name
+        millions = sum(parameter.numel() for parameter in self.pipe.model.parameters()) / 1e6
+        notice = f"Research use only, not for clinical use. {config.notice or ''}"
+        device = str(self.pipe.device).upper()
+        modalities = [(MODALITY_NAMES[each], each) for each in self.sources()]
+        regions = [("not said", ""), *((REGION_NAMES.get(each, each), each) for each in self.regions())]
+        routes = f"{len(config.trained_routes)} routes" if config.trained_routes else "routes not stated"
+        lesson = self.missing_lesson()
+
+        with gr.Blocks(title="SynerMedGen", delete_cache=(60, KEPT_SECONDS), analytics_enabled=False) as demo:
+            gr.HTML(
+                f"<header><h1>SynerMedGen</h1><p>One medical scan in, the same anatomy in another modality out.</p>"
+                f"<p class=model>{html.escape(name)} · {millions:,.1f} M parameters · {routes} · {device}</p></header>"
+            )
+            with gr.Tabs():
+                with gr.Tab("Synthesise", id="synthesise"):
+                    self._build_synthesis(modalities, regions, sampling)
+                with gr.Tab("Understand", id="understand"):
+                    self._build_understanding(lesson)
+                with gr.Tab("About", id="about"):
+                    gr.HTML(self._about(notice, lesson))
+            gr.HTML(f"<footer role=note>{html.escape(notice)}</footer>", elem_id="notice")
+            demo.unload(self.forget)
+        demo.queue(max_size=200, api_open=False)
+        return demo
+
+    def _build_synthesis(self, modalities, regions, sampling):
+        with gr.Row(elem_id="workspace"):
+            with gr.Column(scale=4, min_width=320, elem_id="controls"):
+                gr.HTML("<h2>Scan</h2>")
+                scan = gr.File(label="PNG, NIfTI, MHA or a zip of a DICOM series", elem_id="scan", height=140)
+                gr.HTML("<p class=hint>Or take a simulated example:</p>")
+                examples = gr.Gallery(
+                    [(self._thumbnail(case), self._caption(case)) for case in self.cases],
+                    label="Simulated examples",
+                    show_label=False,
+                    columns=4,
+                    height=150,
+                    allow_preview=False,
+                    object_fit="contain",
+                    format="png",
+                    buttons=[],
+                    elem_id="examples",
+                )
+                with gr.Row(elem_id="recognised"):
+                    preview = gr.Image(
+                        label="Middle slice",
+                        show_label=False,
+                        container=False,
+                        format="png",
+                        height=96,
+                        interactive=False,
+                        buttons=[],
+                        scale=1,
+                        min_width=96,
+                        elem_id="preview",
+                    )
+                    with gr.Column(scale=3, min_width=180):
+                        seen = gr.HTML("<p class=seen>Nothing uploaded yet.</p>")
+                with gr.Row():
+                    source = gr.Dropdown(modalities, value=None, label="It is a", elem_id="source", min_width=130)
+                    region = gr.Dropdown(regions, value="", label="of the", elem_id="region", min_width=130)
+                gr.HTML("<h2>Target</h2>")
+                targets = gr.CheckboxGroup(
+                    [], label="Make", info="Say first which modality the scan is.", elem_id="targets"
+                )
+                with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+                    steps = gr.Slider(1, 100, sampling["num_inference_steps"], step=1, label="Steps")
+                    guidance = gr.Slider(1, 10, sampling["guidance_scale"], step=0.1, label="Guidance by the text")
+                    image_guidance = gr.Slider(
+                        1, 5, sampling["image_guidance_scale"], step=0.1, label="Guidance by the image"
+                    )
+                    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                    samples = gr.Slider(
+                        1, 8, 1, step=1, label="Seeds to average", info="From two on, their spread can be looked at."
+                    )
+                    reference = gr.File(
+                        label="Reference, measured in the target's modality", height=90, elem_id="reference"
+                    )
+                    reference_target = gr.Dropdown(
+                        [("the first target", ""), *((MODALITY_NAMES[name], name) for name in MODALITIES)],
+                        value="",
+                        label="The reference is a",
+                    )
+                with gr.Row():
+                    start = gr.Button("Synthesise", variant="primary", elem_id="start", min_width=120)
+                    cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
+                progress = gr.HTML(status(""), elem_id="progress")
+            with gr.Column(scale=7, min_width=320, elem_id="stage"):
+                gr.HTML("<h2>Look</h2>")
+                empty = gr.HTML(
+                    "<div class=empty><p>Upload a scan or take an example, choose a target, and it appears here: "
+                    "source and synthesis under one slider, slice by slice.</p></div>"
+                )
+                with gr.Column(visible=False) as looking:
+                    with gr.Row():
+                        shown = gr.Radio([], label="Synthesis", elem_id="shown", min_width=200)
+                        view = gr.Radio([], label="Left and right of the slider", elem_id="view", min_width=260)
+                    pictures = gr.ImageSlider(
+                        format="png",
+                        interactive=False,
+                        show_label=False,
+                        container=False,
+                        max_height=620,
+                        buttons=["fullscreen"],
+                        elem_id="pictures",
+                    )
+                    index = gr.Slider(0, 1, 0, step=1, label="Slice", elem_id="slice")
+                    with gr.Row():
+                        source_window = gr.Dropdown([], label="Window of the source", elem_id="source-window")
+                        target_window = gr.Dropdown([], label="Window of the synthesis", elem_id="target-window")
+                    values = gr.HTML(elem_id="values")
+                    pointer = gr.HTML("", elem_id="pointer", js_on_load=(HERE / "pointer.js").read_text())
+                    gr.HTML("<h2>Take away</h2>")
+                    with gr.Row():
+                        form = gr.Radio(
+                            ["NIfTI", "MetaImage", "PNG of this slice", "Derived DICOM"],
+                            value="NIfTI",
+                            label="As",
+                            elem_id="form",
+                        )
+                        keep_tags = gr.Checkbox(
+                            label="Keep the patient's tags",
+                            info="Derived DICOM only. Otherwise the series is de-identified.",
+                            elem_id="keep-tags",
+                        )
+                    files = gr.File(
+                        label="On the grid of the scan, with a side-car that says how it was made",
+                        file_count="multiple",
+                        interactive=False,
+                        elem_id="files",
+                    )
+
+        private = {"api_visibility": "private"}
+        heard, recognised = [scan, source, region], [preview, seen, source, targets]
+        known = [scan, source, region, reference, reference_target]
+        examples.select(self.take_example, None, known, **private).success(
+            self.look_at, [*heard, reference_target], recognised, **private, **ONE_AT_A_TIME
+        )
+        # Of another scan nothing is known: neither modality nor reference of the one before.
+        scan.upload(lambda: (None, None), None, [source, reference], **AT_ONCE).then(
+            self.look_at, heard, recognised, **private, **ONE_AT_A_TIME
+        )
+        scan.clear(self.look_at, heard, recognised, **private)
+        gr.on([source.input, region.input], self.offer, [source, region], targets, **AT_ONCE)
+
+        settings = [scan, targets, source, region, steps, guidance, image_guidance, seed, samples]
+        inputs = [*settings, reference, reference_target]
+        running = start.click(self.run, inputs, progress, show_progress="minimal", **private, **ONE_AT_A_TIME)
+        cancel.click(lambda: status("Cancelled."), None, progress, cancels=[running], **AT_ONCE)
+
+        painted = [shown, view, index, source_window, target_window]
+        taken = [form, shown, index, scan, keep_tags]
+        shown_now = running.success(self.show, None, [shown, index, looking, empty], **AT_ONCE)
+        shown_now = shown_now.success(self.choose, shown, [view, source_window, target_window], **AT_ONCE)
+        shown_now = shown_now.success(self.paint, painted, [pictures, values], **AT_ONCE)
+        shown_now.success(self.write, taken, files, **private)
+        shown.input(self.choose, shown, [view, source_window, target_window], **AT_ONCE).success(
+            self.paint, painted, [pictures, values], **AT_ONCE
+        ).success(self.write, taken, files, **private)
+        gr.on(
+            [view.input, source_window.input, target_window.input], self.paint, painted, [pictures, values], **AT_ONCE
+        )
+        index.change(self.paint, painted, [pictures, values], **AT_ONCE)
+        pointer.point(self.point, [shown, index], values, **AT_ONCE)
+        gr.on([form.input, keep_tags.input], self.write, taken, files, **private)
+        index.release(self.write_picture, taken, files, **AT_ONCE)
+
+        with gr.Group(visible=False):  # the same for programs, one target a call
+            target = gr.Dropdown([(name, name) for name in MODALITIES], label="target")
+            called = gr.Button()
+            out_picture = gr.Image(format="png", label="picture of the middle slice, over the target's window")
+            out_volume = gr.File(label="volume, NIfTI in the target's unit on the grid of the scan")
+            out_record = gr.JSON(label="record of how it was made")
+        called.click(
+            self.synthesize,
+            [scan, target, source, region, steps, guidance, image_guidance, seed, samples],
+            [out_picture, out_volume, out_record],
+            api_name="synthesize",
+            **ONE_AT_A_TIME,
+        )
+
+    def _build_understanding(self, lesson: str):
+        private = {"api_visibility": "private"}
+        if lesson:
+            gr.HTML(f"<div class=lesson role=note>{lesson}</div>")
+        with gr.Row():
+            with gr.Column(min_width=320):
+                gr.HTML("<h2>Name the modality</h2>")
+                unnamed = gr.File(label="PNG, NIfTI, MHA or a zip of a DICOM series", height=140, elem_id="unnamed")
+                identify = gr.Button("Identify", variant="primary", interactive=self.learned("MI"), elem_id="identify")
+                named = gr.Label(label="probability of each modality", num_top_classes=4, elem_id="named")
+            with gr.Column(min_width=320):
+                gr.HTML("<h2>Ask a question</h2>")
+                asked = gr.File(
+                    label="one or several scans, in the order of the question",
+                    file_count="multiple",
+                    height=140,
+                    elem_id="asked",
+                )
+                question = gr.Textbox(label="question", placeholder="Which modality is this image?", elem_id="question")
+                can_answer = bool(self.config.trained_tasks)
+                ask = gr.Button("Ask", variant="primary", interactive=can_answer, elem_id="ask")
+                answer = gr.Textbox(label="answer", interactive=False, elem_id="answer")
+        gr.HTML("<h2>Quiz: which slice belongs to this one?</h2>")
+        score = gr.State({"index": None, "asked": 0, "you": 0, "model": 0})
+        told = gr.HTML("<p>Simulated patients; you against the model.</p>", elem_id="told")
+        with gr.Row():
+            shown = gr.Image(
+                label="This slice",
+                show_label=False,
+                format="png",
+                interactive=False,
+                buttons=[],
+                height=240,
+                scale=1,
+                min_width=200,
+                elem_id="quiz-slice",
+            )
+            candidates = gr.Gallery(
+                label="Candidates",
+                show_label=False,
+                columns=4,
+                height=240,
+                format="png",
+                allow_preview=False,
+                object_fit="contain",
+                buttons=[],
+                interactive=False,
+                scale=4,
+                min_width=320,
+                elem_id="candidates",
+            )
+        with gr.Row():
+            choice = gr.Radio(["A", "B", "C", "D"], label="Your choice", interactive=False, elem_id="choice")
+            following = gr.Button("New question", elem_id="next-question")
+        identify.click(self.name_modality, unnamed, named, api_name="identify", **ONE_AT_A_TIME)
+        ask.click(self.answer, [asked, question], answer, api_name="answer", **ONE_AT_A_TIME)
+        following.click(self.ask, score, [score, shown, candidates, choice, told], **private)
+        choice.input(self.check, [score, choice], [score, told, choice], **private, **ONE_AT_A_TIME)
+
+    def _about(self, notice: str, lesson: str) -> str:
+        rows = {}
+        for region, source, target in self.routes:
+            rows.setdefault((region, source), []).append(target)
+        table = "".join(
+            f"<tr><td>{REGION_NAMES.get(region, region or 'any')}</td><td>{MODALITY_NAMES[source]}</td>"
+            f"<td>{', '.join(MODALITY_NAMES[target] for target in targets)}</td></tr>"
+            for (region, source), targets in rows.items()
+        )
+        learned = ", ".join(TASK_NAMES.get(task, task) for task in self.config.trained_tasks) or "nothing yet"
+        return f"""<div class=about>
+<h2>What this is</h2><p>One model that understands paired medical scans and synthesises one modality from another.
+Values stay in their units (HU, SUV; an MR has arbitrary ones) and every voxel stays in its place: the result lies on
+the grid of the scan.</p><p><b>{html.escape(notice)}</b></p>
+<h2>What this checkpoint has learned</h2><p>To understand: {html.escape(learned)}. {lesson}</p>
+<table class=values><thead><tr><th>Region</th><th>From</th><th>To</th></tr></thead><tbody>{table}</tbody></table>
+<h2>Your scans</h2><p>A scan is read for the request and its file is deleted within {KEPT_SECONDS // 60 + 1} minutes.
+What you look at is kept in memory until you close the page. Tags that tell a patient are neither shown, logged nor
+kept, and no download carries one unless you ask for it. Do not upload scans that you may not share with whoever runs
+this page.</p>
+<h2>For programs</h2><p>The endpoints <code>/synthesize</code>, <code>/identify</code> and <code>/answer</code> are
+described under “Use via API” at the foot of the page. The examples are simulated; no person was scanned for them.</p>
+</div>"""
+
+    def _thumbnail(self, case) -> Image.Image:
+        layer = layer_of(
+            "", next(iter(case.files)), read_upload(next(iter(case.files.values()))).volume, case.axis, self.codec
+        )
+        return picture(layer.slices[len(layer.slices) // 2], layer.windows[layer.usual_window], (1, 1))
+
+    def _caption(self, case) -> str:
+        source, target = list(case.files)[:2]
+        return f"{REGION_NAMES.get(case.region, case.region)}: {source}, {target}"
+
+
+def theme() -> gr.themes.Base:
+    """Quiet greys, hairlines, one accent, and the fonts that the visitor's own machine has."""
+    teal = gr.themes.Color(
+        *"#eefafa #d5f1f1 #aee2e3 #7ccdd0 #45b0b5 #1f9299 #14767d #125f66 #134c52 #123f45 #08292e".split()
+    )
+    grey = gr.themes.Color(
+        *"#f8f9f9 #eff1f2 #e1e5e7 #cbd1d5 #9aa4ab #6d7980 #525d64 #3b454b #262e33 #181e22 #0f1316".split()
+    )
+    base = gr.themes.Base(
+        primary_hue=teal,
+        secondary_hue=teal,
+        neutral_hue=grey,
+        radius_size=gr.themes.sizes.radius_sm,
+        text_size=gr.themes.sizes.text_sm,
+        font=["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "DejaVu Sans", "sans-serif"],
+        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"],
+    )
+    return base.set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_800",
+        block_shadow="none",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_border_width="0px",
+        block_label_text_color="*neutral_500",
+        block_label_text_color_dark="*neutral_400",
+        block_title_text_color="*neutral_600",
+        block_title_text_color_dark="*neutral_300",
+        block_title_text_weight="500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        button_large_text_size="*text_md",
+        button_large_padding="8px 14px",
+        button_border_width="1px",
+        button_border_width_dark="1px",
+        button_secondary_background_fill="transparent",
+        button_secondary_background_fill_dark="transparent",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_700",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_500",
+        checkbox_label_background_fill="transparent",
+        checkbox_label_background_fill_dark="transparent",
+    )
+
+
+def launch(demo: gr.Blocks, **arguments):
+    """Starts the page, with what belongs to its look and to the safety of its visitors."""
+    return demo.launch(
+        theme=theme(),
+        css=(HERE / "style.css").read_text(),
+        head=f"<style>{(HERE / 'frame.css').read_text()}</style>",
+        allowed_paths=[str(HERE / "examples")],
+        max_file_size=UploadLimits.file_bytes,
+        enable_monitoring=False,
+        run_history=False,  # it would keep scans in the visitor's browser
+        footer_links=["api", "settings"],
+        ssr_mode=False,
+        **arguments,
+    )
+
+
+demo = App(load_pipeline()).build()
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what was uploaded is cleared away then, too
+    launch(demo)

@@ -1,0 +1,59 @@
+"""The Space as a visitor meets it: the real app in a process of its own, on localhost."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+SPACE = Path(__file__).parents[2] / "spaces" / "synermedgen"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory):
+    """Address, process and temporary folder of the running app."""
+    port, folder = free_port(), tmp_path_factory.mktemp("space")
+    environment = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    log = open(folder.parent / "space.log", "wb")
+    process = subprocess.Popen([sys.executable, SPACE / "app.py"], env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder.parent / "space.log").read_text()
+            time.sleep(0.25)
+    yield {"address": address, "process": process, "folder": folder, "log": folder.parent / "space.log"}
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    """A small head, flipped and with thick slices, as NIfTI."""
+    x, y, z = (np.linspace(-1.2, 1.2, side) for side in (40, 48, 5))
+    radius = x[:, None, None] ** 2 + y[:, None] ** 2 + (z * 0.8) ** 2
+    texture = np.random.default_rng(0).uniform(0.5, 1, radius.shape)
+    affine = np.array([[-4, 0, 0, 80], [0, -4, 0, 90], [0, 0, 12, -30], [0, 0, 0, 1.0]])
+    path = tmp_path / "mr.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.where(radius < 1, 700 * texture, 0).astype(np.float32), affine), path)
+    return path

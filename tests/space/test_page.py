@@ -1,0 +1,185 @@
+"""The page in a real browser: what a visitor does, from the upload to the downloaded volume, on a desk and on a phone.
+
+Needs Debian's `chromium` and `chromium-driver` (or whatever selenium finds). Screenshots go to `$CI_ARTIFACTS`, or to
+`screenshots/` of the temporary folder.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on this machine")
+PATIENCE = 90  # seconds
+
+
+class Page:
+    def __init__(self, driver, address, downloads, pictures):
+        self.driver, self.address, self.downloads, self.pictures = driver, address, downloads, pictures
+        driver.get(address)
+        self.wait(lambda: self.all("#examples button img"))
+
+    def all(self, selector):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector):
+        return self.wait(lambda: self.all(selector))[0]
+
+    def wait(self, condition, what="it"):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                if found := condition():
+                    return found
+            except Exception as error:  # the page redraws elements while one looks at them
+                what = f"{what} ({type(error).__name__})"
+            time.sleep(0.2)
+        self.shoot("timeout")
+        raise AssertionError(f"Waited {PATIENCE} s for {what[:200]}.")
+
+    def click(self, selector):
+        element = self.one(selector)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        time.sleep(0.2)
+        element.click()
+
+    def text(self, selector):
+        return self.one(selector).text
+
+    def upload(self, selector, path):
+        self.one(f"{selector} input[type=file]").send_keys(str(path))
+
+    def choose(self, selector, label):
+        """An entry of a drop-down."""
+        field = self.one(f"{selector} input")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+        field.click()
+        self.wait(lambda: [one for one in self.all("ul[role=listbox] li") if one.text.strip("✓ \n") == label])[
+            0
+        ].click()
+
+    def shoot(self, name):
+        self.driver.save_screenshot(str(self.pictures / f"{name}.png"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    folder = Path(os.environ.get("CI_ARTIFACTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def visit(space, tmp_path, pictures):
+    """Opens the page in a window of some size."""
+    drivers = []
+
+    def open_page(width=1440, height=1000, path=""):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            f"--window-size={width},{height}",
+        ):
+            options.add_argument(argument)
+        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        drivers.append(webdriver.Chrome(options=options, service=Service(DRIVER)))
+        if width < 500:  # Chromium's own windows are no narrower
+            phone = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+            drivers[-1].execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        return Page(drivers[-1], space["address"] + path, tmp_path / "downloads", pictures)
+
+    yield open_page
+    for driver in drivers:
+        driver.quit()
+
+
+def test_from_the_upload_to_the_volume(visit, scan):
+    page = visit()
+    page.upload("#scan", scan)
+    page.wait(lambda: "40 × 48 × 5" in page.text(".seen"), "the scan to be read")
+    page.choose("#source", "MRI")
+    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
+    labels = [label.text for label in page.all("#targets label")]
+    assert "CT" in labels and "PET" not in labels  # what these weights were trained for
+    assert page.one("#targets input").is_selected()
+    page.click("#start")
+    page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
+    page.wait(lambda: page.all("#pictures img"), "the pictures")
+    page.shoot("desk")
+    assert "Synthetic CT" in page.text("#values") and "HU" in page.text("#values")
+
+    # Scrub: other values, and another picture.
+    before, shown = page.text("#values"), page.one("#pictures img").get_attribute("src")
+    slider = page.one("#slice input[type=range]")
+    slider.send_keys(Keys.ARROW_RIGHT)
+    page.wait(lambda: page.text("#values") != before, "the values of another slice")
+    page.wait(lambda: page.one("#pictures img").get_attribute("src") != shown, "the picture of another slice")
+    assert page.one("#pictures img").get_attribute("src").endswith(".png")
+
+    # Take it away: the file that the page offers, by the address the browser would fetch.
+    link = page.wait(lambda: [one for one in page.all("#files a") if ".nii.gz" in (one.get_attribute("href") or "")])[0]
+    link.click()
+    page.wait(lambda: list(page.downloads.glob("*.nii.gz")), "the download")
+    made, given = nibabel.load(next(page.downloads.glob("*.nii.gz"))), nibabel.load(scan)
+    assert made.shape == given.shape and np.allclose(made.affine, given.affine)
+    assert made.get_fdata().min() == -1024 and made.get_fdata()[20, 24, 2] > -1024
+    severe = [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [entry for entry in severe if "favicon" not in entry["message"]]
+
+
+def test_an_example_with_its_reference_on_a_phone(visit):
+    page = visit(390, 844)
+    page.shoot("phone")
+    width = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]  # nothing to scroll sideways
+    page.click("#examples button")
+    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
+    page.click("#start")
+    page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
+    page.wait(lambda: "Mean absolute difference" in page.text("#values"), "the difference from the reference")
+    page.shoot("phone-result")
+    width = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]
+
+
+def test_dark_and_the_notice_that_stays(visit):
+    page = visit(path="/?__theme=dark")
+    page.shoot("dark")
+    ground = page.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert all(int(level) < 60 for level in ground.strip("rgba()").split(",")[:3])
+    assert "Research use only" in page.text("#notice") and "simulated" in page.text("#notice")
+    page.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    assert page.one("#notice footer").is_displayed()
+
+
+def test_a_mistake_is_said_on_the_page(visit, tmp_path):
+    page = visit()
+    (tmp_path / "page.png").write_bytes(b"<html><script>alert(1)</script></html>")
+    page.upload("#scan", tmp_path / "page.png")
+    page.wait(lambda: "did not work" in page.driver.page_source, "the message")
+    page.shoot("mistake")
+    assert not page.driver.execute_script("return document.querySelectorAll('.toast-body script').length")
+
+
+def test_the_quiz(visit):
+    page = visit()
+    page.click("button[role=tab]:nth-of-type(2)")
+    page.click("#next-question")
+    page.wait(lambda: len(page.all("#candidates img")) == 4, "four candidates")
+    page.click("#choice input[type=radio]")
+    page.wait(lambda: "It is" in page.text("#told"), "the truth")
+    page.shoot("quiz")
