@@ -67,10 +67,13 @@ class Report(NamedTuple):
 def run(work, *args, as_json: bool = False, **kwargs):
     """
     Run one command's work: its report, which is a [`Report`] or text, to stdout; or what is wrong to stderr and exit
-    code 1. With `as_json`, stdout is one JSON object either way.
+    code 1. With `as_json`, stdout is one JSON object either way. Work without a report, as of a second process, says
+    nothing.
     """
     try:
         report = work(*args, **kwargs)
+        if report is None:
+            return
         if not isinstance(report, Report):
             report = Report(str(report), {"report": str(report)})
         typer.echo(json.dumps(report.record, indent=2) if as_json else report.text)
@@ -208,6 +211,8 @@ def synthesize(
     def make():
         from dataclasses import asdict
 
+        from accelerate import PartialState
+
         from .volumes.runs import synthesize_cases
 
         outcomes = synthesize_cases(
@@ -232,6 +237,8 @@ def synthesize(
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
         )
+        if not PartialState().is_main_process:  # the first one speaks for all
+            return None
         failed = [outcome for outcome in outcomes if outcome.status == "failed"]
         lines = [
             f"{sum(outcome.status == status for outcome in outcomes)} {words}"
@@ -608,37 +615,44 @@ def evaluate(
     beside: Annotated[
         list[Path] | None, typer.Option(help="Another evaluation to print beside, such as a baseline's.")
     ] = None,
+    as_json: Json = False,
 ):
     """Synthesise and judge every route of held-out patients. On several GPUs: accelerate launch -m synermedgen_hf.cli.
 
     Research use only.
     """
-    from .metrics.evaluation import evaluate
 
-    run(
-        evaluate,
-        output,
-        data_dir=data_dir,
-        phantom_cases=phantom_cases,
-        model=model,
-        baseline=baseline and baseline.value,
-        routes=routes or (),
-        split=split,
-        slice_step=slice_step,
-        phantom_slices=phantom_slices,
-        phantom_size=phantom_size,
-        level=level.value,
-        protocol=protocol,
-        samples=samples,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        image_guidance_scale=image_guidance,
-        timestep_shift=timestep_shift,
-        batch_size=batch_size,
-        dtype=dtype.value,
-        seed=seed,
-        beside=beside or (),
-    )
+    def judge():
+        from .metrics.evaluation import evaluate
+
+        text = evaluate(
+            output,
+            data_dir=data_dir,
+            phantom_cases=phantom_cases,
+            model=model,
+            baseline=baseline and baseline.value,
+            routes=routes or (),
+            split=split,
+            slice_step=slice_step,
+            phantom_slices=phantom_slices,
+            phantom_size=phantom_size,
+            level=level.value,
+            protocol=protocol,
+            samples=samples,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            image_guidance_scale=image_guidance,
+            timestep_shift=timestep_shift,
+            batch_size=batch_size,
+            dtype=dtype.value,
+            seed=seed,
+            beside=beside or (),
+        )
+        if text is None:  # the first process speaks for all
+            return None
+        return Report(text, json.loads((output / "summary.json").read_text(encoding="utf-8")))
+
+    run(judge, as_json=as_json)
 
 
 @app.command()
@@ -646,6 +660,7 @@ def compare(
     first: Annotated[Path, typer.Argument(help="Folder that `synermedgen evaluate` wrote.")],
     second: Annotated[Path, typer.Argument(help="Another, of the same cases under the same protocol.")],
     output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
+    as_json: Json = False,
 ):
     """Test whether two evaluations differ, paired by patient."""
 
@@ -655,9 +670,9 @@ def compare(
         found = compare(first, second)
         if output is not None:
             write_comparison(output, found)
-        return comparison_table(found)
+        return Report(comparison_table(found), found)
 
-    run(work)
+    run(work, as_json=as_json)
 
 
 @app.command()

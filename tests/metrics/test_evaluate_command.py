@@ -120,3 +120,14 @@ def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, arguments, 
     done = run("evaluate", "--output", tmp_path / "run", *arguments)
     assert done.exit_code == code and says in done.stderr and done.stdout == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_both_commands_speak_json(runs, scans, tmp_path):
+    """The same as the files they write."""
+    folder, _ = runs
+    common = ["--data-dir", scans, "--split", "train", "--routes", "CBCT-CT", "--baseline", "copy", "--json"]
+    done = run("evaluate", "--output", tmp_path / "copy", *common)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == read_json(tmp_path / "copy" / "summary.json")
+    done = run("compare", folder / "copy", folder / "model", "--output", tmp_path / "found.json", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout) == read_json(tmp_path / "found.json")

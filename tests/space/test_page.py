@@ -132,6 +132,7 @@ def test_from_the_upload_to_the_volume(visit, scan):
 
     # Take it away: the file that the page offers, by the address the browser would fetch.
     link = page.wait(lambda: [one for one in page.all("#files a") if ".nii.gz" in (one.get_attribute("href") or "")])[0]
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", link)
     link.click()
     page.wait(lambda: list(page.downloads.glob("*.nii.gz")), "the download")
     made, given = nibabel.load(next(page.downloads.glob("*.nii.gz"))), nibabel.load(scan)
@@ -158,9 +159,14 @@ def test_an_example_with_its_reference_on_a_phone(visit):
 
 def test_dark_and_the_notice_that_stays(visit):
     page = visit(path="/?__theme=dark")
+    ground = "return getComputedStyle(document.querySelector('.gradio-container')).backgroundColor"
+
+    def is_dark():
+        levels = page.driver.execute_script(ground).strip("rgba()").split(",")[:3]
+        return all(int(level) < 60 for level in levels)
+
+    page.wait(is_dark, "the dark theme")
     page.shoot("dark")
-    ground = page.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert all(int(level) < 60 for level in ground.strip("rgba()").split(",")[:3])
     assert "Research use only" in page.text("#notice") and "simulated" in page.text("#notice")
     page.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
     assert page.one("#notice footer").is_displayed()
@@ -170,7 +176,7 @@ def test_a_mistake_is_said_on_the_page(visit, tmp_path):
     page = visit()
     (tmp_path / "page.png").write_bytes(b"<html><script>alert(1)</script></html>")
     page.upload("#scan", tmp_path / "page.png")
-    page.wait(lambda: "did not work" in page.driver.page_source, "the message")
+    page.wait(lambda: "web page or a drawing" in page.driver.page_source, "the message")
     page.shoot("mistake")
     assert not page.driver.execute_script("return document.querySelectorAll('.toast-body script').length")
 
