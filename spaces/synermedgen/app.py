@@ -159,7 +159,7 @@ class App:
         return list(dict.fromkeys(region for region, _, _ in self.routes if region))
 
     def targets(self, source: str | None, region: str | None) -> list[str]:
-        known = {b for where, a, b in self.routes if a == source and (region is None or where == region)}
+        known = {b for where, a, b in self.routes if a == source and (not region or where == region)}
         return [name for name in MODALITIES if name in known]
 
     def learned(self, task: str) -> bool:
@@ -558,7 +558,7 @@ class App:
                     label="Simulated examples",
                     show_label=False,
                     columns=4,
-                    height=150,
+                    height=170,
                     allow_preview=False,
                     object_fit="contain",
                     format="png",
@@ -658,11 +658,11 @@ class App:
         heard, recognised = [scan, source, region], [preview, seen, source, targets]
         known = [scan, source, region, reference, reference_target]
         examples.select(self.take_example, None, known, **private).success(
-            self.look_at, [*heard, reference_target], recognised, **private, **ONE_AT_A_TIME
+            self.look_at, [*heard, reference_target], recognised, show_progress="hidden", **private, **ONE_AT_A_TIME
         )
         # Of another scan nothing is known: neither modality nor reference of the one before.
         scan.upload(lambda: (None, None), None, [source, reference], **AT_ONCE).then(
-            self.look_at, heard, recognised, **private, **ONE_AT_A_TIME
+            self.look_at, heard, recognised, show_progress="hidden", **private, **ONE_AT_A_TIME
         )
         scan.clear(self.look_at, heard, recognised, **private)
         gr.on([source.input, region.input], self.offer, [source, region], targets, **AT_ONCE)
