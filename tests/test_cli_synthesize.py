@@ -1,6 +1,7 @@
 """`synermedgen synthesize` and `identify`, with the bundled weights on small simulated scans."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -105,6 +106,35 @@ def test_dicom_in_dicom_out_and_the_patient_is_never_named(series, tmp_path):
     assert "4711" not in record and "Doe" not in record
 
 
+def test_a_patients_name_is_not_in_an_error(series, tmp_path):
+    """A file lies where the result's folder should go."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{series.name}_CT").write_text("in the way")
+    result = synthesize(series.parent, "-t", "CT", "-o", tmp_path / "out")
+    told = (result.stdout + result.stderr).replace(str(tmp_path), "")
+    assert result.exit_code == 1 and "DOE" not in told
+
+
+def test_several_processes_share_the_cases_out(scans, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["synermedgen_hf.cli", "synthesize", str(scans), "--pattern", "*/mr.nii.gz", "-t", "CT"]
+    command += ["-o", str(tmp_path / "out"), *QUICK, "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # one report, of all
+    assert [one["status"] for one in told["results"]] == ["made"] * 3
+    assert done.stderr.count("| 0/5 [") == 3  # a bar begins once for each scan
+
+
+def test_another_mask_or_dtype_is_another_result(scans, tmp_path):
+    arguments = (scans / "p0" / "mr.nii.gz", "-t", "CT", "-o", tmp_path / "ct.nii.gz")
+    assert synthesize(*arguments).exit_code == 0
+    for changes, words in ((["--mask", scans / "p0" / "mask.nii.gz"], "mask"), (["--dtype", "bfloat16"], "dtype")):
+        again = synthesize(*arguments, *changes)
+        assert again.exit_code == 1 and words in again.stderr
+
+
 def test_deidentified_results_are_called_by_number(series, tmp_path):
     assert synthesize(series.parent, "-t", "CT", "-o", tmp_path / "out", "--deidentify").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -121,6 +151,7 @@ def test_deidentified_results_are_called_by_number(series, tmp_path):
     ("arguments", "words"),
     [
         (["-t", "MRI"], "nothing to synthesise"),
+        (["-t", "CT", "--pattern", "nowhere/*"], "holds no volume"),
         (["-t", "PET"], "not trained for MRI to PET"),
         (["-t", "XYZ"], "Unknown target"),
         (["-t", "CT", "--format", "png"], "Unknown format"),

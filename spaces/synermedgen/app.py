@@ -43,7 +43,7 @@ from synermedgen_hf.data.understanding import TaskSampler
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, REGION_NAMES
 from synermedgen_hf.volumes.reading import resample, same_grid, slices_of
-from synermedgen_hf.volumes.synthesis import synthesize_volume, write_synthesis
+from synermedgen_hf.volumes.synthesis import checksums, synthesize_volume, write_synthesis
 from synermedgen_hf.volumes.uploads import UploadLimits, free_memory, read_upload, unpacked
 from synermedgen_hf.volumes.writing import write_dicom_series
 
@@ -135,7 +135,7 @@ class App:
     """
 
     def __init__(self, pipe: SynerMedGenPipeline, limits: UploadLimits | None = None):
-        self.pipe, self.config = pipe, pipe.model.config
+        self.pipe, self.config, self.weights = pipe, pipe.model.config, checksums(pipe)
         self.codec = pipe.processor.image_processor
         self.limits = limits or UploadLimits()
         self.results = Results(max_bytes=free_memory() // 4)
@@ -270,7 +270,7 @@ class App:
         upload, volume = self.read(scan, source)
         arguments = {"source": source, "region": region or None, "seed": int(seed), "num_samples": int(samples)}
         arguments |= {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
-        arguments |= {"image_guidance_scale": float(image_guidance), "progress": False}
+        arguments |= {"image_guidance_scale": float(image_guidance), "progress": False, "weights": self.weights}
         if upload.white is not None:  # a picture is one axial slice, whatever the target
             arguments["axis"] = "axial"
         syntheses = {}

@@ -117,8 +117,10 @@ def load_pipeline(model: str | None, device: str | None, dtype: Dtype):
 
     from . import SynerMedGenPipeline
     from .doctor import choose_device
+    from .volumes.runs import this_process
 
-    where = choose_device(device)
+    process = this_process()
+    where = process.device if device is None and process.num_processes > 1 else choose_device(device)
     pipe = SynerMedGenPipeline.from_pretrained(
         model_source(model), dtype=getattr(torch, dtype.value), print_report=False
     )
@@ -211,10 +213,12 @@ def synthesize(
     def make():
         from dataclasses import asdict
 
-        from accelerate import PartialState
+        from .volumes.folders import find_cases
+        from .volumes.reading import extension
+        from .volumes.runs import synthesize_cases, this_process
 
-        from .volumes.runs import synthesize_cases
-
+        # What is misspelt is said before the weights are read.
+        find_cases(scans, pattern, leave_out=output.parent if extension(output) else output)
         outcomes = synthesize_cases(
             load_pipeline(model, device, dtype),
             scans,
@@ -237,7 +241,7 @@ def synthesize(
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
         )
-        if not PartialState().is_main_process:  # the first one speaks for all
+        if not this_process().is_main_process:  # the first one speaks for all
             return None
         failed = [outcome for outcome in outcomes if outcome.status == "failed"]
         lines = [

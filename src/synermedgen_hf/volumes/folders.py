@@ -350,7 +350,7 @@ def run_jobs(
             error = None
         except (OSError, ValueError, RuntimeError, ImportError, MemoryError) as raised:
             _check_disk(job, raised)
-            error = describe_error(raised, job.case)
+            error = describe_error(raised, job.case, job.output)
         status, seconds = "failed" if error else "made", round(time.perf_counter() - start, 3)
         yield job, Outcome(job.case.number, job.case.label, job.target, status, seconds, error)
 
@@ -361,14 +361,17 @@ def share_of(jobs: list[Job], process: int, processes: int) -> list[Job]:
     return [job for job in jobs if job.case.number in numbers]
 
 
-def describe_error(error: BaseException, case: Case) -> str:
-    """What went wrong, in one line, without the paths of a DICOM series."""
+def describe_error(error: BaseException, case: Case, output: Path | None = None) -> str:
+    """What went wrong, in one line, without the paths of a DICOM series or of what is made of it."""
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "out of memory: use a smaller --batch-size, --dtype bfloat16, or fewer processes."
     text = " ".join(str(error).split()) or type(error).__name__
     if not case.is_dicom:
         return text.replace(str(case.path), case.label)
     text = text.replace(str(case.path), case.label).replace(str(case.path.resolve()), case.label)
+    for path in () if output is None else (output, *output.parents):
+        if path.name in case.name + output.name and path.name:  # a result is called as its scan is
+            text = text.replace(str(path), "its result").replace(path.name, "its result")
     for part in sorted((file.name for file in case.path.iterdir()), key=len, reverse=True):
         if not re.fullmatch(r"[\d.]+", part):  # numbers name nobody, and stand elsewhere in a sentence
             text = text.replace(part, "one of its files")

@@ -5,14 +5,16 @@ is finished is kept, and the same call goes on from it. Several processes share 
 """
 
 import json
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..data.splits import write_whole
-from ..loading_synermedgen import weights_checksum
 from ..processing_synermedgen import MODALITY_NAMES
 from .folders import (
     FORMATS,
@@ -21,6 +23,7 @@ from .folders import (
     Outcome,
     check_writable,
     find_cases,
+    fingerprint,
     plan_outputs,
     request,
     run_jobs,
@@ -29,10 +32,18 @@ from .folders import (
     write_cases,
 )
 from .reading import Volume, extension, read_volume, slices_of, stack_axis
-from .synthesis import VolumeSynthesis, synthesize_volume, write_synthesis
+from .synthesis import VolumeSynthesis, checksums, synthesize_volume, write_synthesis
 from .writing import write_dicom_series
 
+PATIENCE = timedelta(days=30)  # of a process that is done and waits for the others
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+
+def this_process() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started; without a GPU too."""
+    cpu = not torch.cuda.is_available()
+    backend = {"backend": "gloo"} if cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
+    return PartialState(cpu=cpu, timeout=PATIENCE, **backend)
 
 
 def synthesize_cases(
@@ -86,20 +97,27 @@ def synthesize_cases(
         raise ValueError(f"Unknown format {file_format!r}. Choose one of {', '.join(FORMATS)}.")
     folder = output.parent if extension(output) else output
     cases = find_cases(scans, pattern, leave_out=folder)
+    if source is None and "MI" not in pipe.model.config.trained_tasks and not all(case.is_dicom for case in cases):
+        raise ValueError(
+            "Say which modality the scans are, such as --source MRI: their files do not say it, and these weights have "
+            "not learned to see it."
+        )
     if mask is not None and len(cases) > 1:
         raise ValueError(f"One mask does not fit {len(cases)} scans: name a single scan.")
     body = None if mask is None else read_volume(mask)
     jobs = plan_outputs(cases, targets, output, file_format, anonymous=deidentify)
-    state = PartialState()
+    state = this_process()
     check_writable(folder)
+    weights = checksums(pipe)
     wanted = {
         "source": source,
         "region": region,
         "series": series_uid,
-        "mask": body is not None,
+        "mask": None if mask is None else fingerprint(Path(mask)),
         "deidentify": deidentify,
         **settings,
-        "weights": weights_checksum(pipe.model),
+        "weights": weights,
+        "dtype": str(pipe.model.dtype),
     }
     finished, pending = sort_out(jobs, wanted, sidecar_of, overwrite)
     state.wait_for_everyone()  # nobody writes while another still looks at what is there
@@ -108,7 +126,9 @@ def synthesize_cases(
         return read_volume(case.path, series_uid if case.is_dicom else None)
 
     def make(scan: Volume, job: Job):
-        made = synthesize_volume(pipe, scan, job.target, source, region, mask=body, batch_size=batch_size, **settings)
+        made = synthesize_volume(
+            pipe, scan, job.target, source, region, mask=body, batch_size=batch_size, weights=weights, **settings
+        )
         made.record["request"] = request(job, wanted)
         _write(made, job, series_uid, deidentify)
 
@@ -176,4 +196,4 @@ def identify_scans(pipe, scans: str | Path, pattern: str | None = None, series_u
     return found
 
 
-__all__ = ["identify_scans", "sidecar_of", "synthesize_cases"]
+__all__ = ["identify_scans", "sidecar_of", "synthesize_cases", "this_process"]

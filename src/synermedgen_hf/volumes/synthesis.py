@@ -11,6 +11,7 @@
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -62,6 +63,7 @@ def synthesize_volume(
     mask: Volume | None = None,
     progress: bool = True,
     callback: Callable[[int, int], None] | None = None,
+    weights: dict[str, str | None] | None = None,
     **pipeline_arguments,
 ) -> VolumeSynthesis:
     """
@@ -87,6 +89,8 @@ def synthesize_volume(
         progress (`bool`, defaults to `True`): Show a bar with the time left.
         callback (`Callable[[int, int], None]`, *optional*): Called with how many slices of how many are done. What it
             raises ends the work.
+        weights (`dict[str, str]`, *optional*): What [`checksums`] says of the pipeline, for the record. Computed if
+            absent, which takes a while with large weights: for many scans, once is enough.
         pipeline_arguments: As in [`~SynerMedGenPipeline.__call__`]: `num_inference_steps`, `guidance_scale`, ...
 
     Returns:
@@ -136,7 +140,7 @@ def synthesize_volume(
     body = np.asarray(mask.array) > 0 if mask is not None else _find_body(first, name, windows[name], axis)
     warnings = _implausible(first, body, region)
     for warning in warnings:
-        tqdm.write(f"Warning: {warning}")
+        tqdm.write(f"Warning: {warning}", file=sys.stderr)
     planes = {name: slices_of(each, axis) for name, each in volumes.items()}
     inside = slices_of(Volume(body, first.affine), axis)
     frame = inside[0].size
@@ -231,10 +235,15 @@ def synthesize_volume(
             },
             "identified": identified,
             "warnings": warnings,
-            "weights_sha256": {"model": weights_checksum(pipe.model), "vae": weights_checksum(pipe.vae)},
+            "weights_sha256": checksums(pipe) if weights is None else weights,
             "versions": {name: version(name) for name in ("synermedgen-hf", "torch", "transformers", "diffusers")},
         },
     )
+
+
+def checksums(pipe) -> dict[str, str | None]:
+    """Checksums of a pipeline's weights, as the record of a synthesis holds them."""
+    return {"model": weights_checksum(pipe.model), "vae": weights_checksum(pipe.vae)}
 
 
 def write_synthesis(synthesis: VolumeSynthesis, path: str | Path, overwrite: bool = False) -> list[Path]:
@@ -342,4 +351,4 @@ def _blend(planes: np.ndarray, inside: np.ndarray, wanted: list[int], overlap: i
         planes[place] = np.where(inside[place], total / count, floor)
 
 
-__all__ = ["VolumeSynthesis", "synthesize_volume", "write_synthesis"]
+__all__ = ["VolumeSynthesis", "checksums", "synthesize_volume", "write_synthesis"]
