@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from synermedgen_hf import Volume, checkpoint_path, cli, read_volume
@@ -168,14 +170,39 @@ def test_what_cannot_be_is_said(scans, tmp_path, arguments, words):
     assert not list(tmp_path.glob("out/**/*.nii.gz"))
 
 
-def test_identify_needs_weights_that_have_learned_it(scans):
-    result = run("identify", scans / "p0" / "mr.nii.gz", "--json")
+@pytest.fixture
+def seeing(tmp_path):
+    """The bundled weights, told that they have learned to name modalities: whatever they say, they can be asked."""
+    folder = shutil.copytree(checkpoint_path(), tmp_path / "seeing")
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_tasks": ["MI"]}))
+    return folder
+
+
+def test_identify_names_scans_and_pictures_with_a_probability(scans, seeing, tmp_path):
+    (scans / "p1" / "mr.nii.gz").write_bytes(b"not a scan")
+    result = run("identify", scans, "--pattern", "*/mr.nii.gz", "--model", seeing, "--json")
+    assert result.exit_code == 1  # one of them is none
+    found = {one["case"]: one for one in json.loads(result.stdout)["scans"]}
+    assert "error" in found["case 2 (p1/mr.nii.gz)"]
+    seen = found["case 1 (p0/mr.nii.gz)"]
+    assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert seen["probability"] == max(seen["probabilities"].values())
+    Image.fromarray(np.uint8(head()[:, :, 2] / 3)).save(tmp_path / "slice.png")
+    told = run("identify", tmp_path / "slice.png", "--model", seeing)
+    assert told.exit_code == 0 and "%)" in told.stdout
+
+
+def test_without_a_source_the_weights_are_asked(scans, seeing, tmp_path):
+    arguments = (scans / "p0" / "mr.nii.gz", "-t", "CT", "-o", tmp_path / "ct.nii.gz", "--steps", "1")
+    result = run("synthesize", *arguments)
     learned = "MI" in json.loads((checkpoint_path() / "model" / "config.json").read_text())["trained_tasks"]
-    told = json.loads(result.stdout)
-    if learned:
-        assert result.exit_code == 0 and sum(told["scans"][0]["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert learned or result.exit_code == 1 and "--source MRI" in result.stderr
+    result = run("synthesize", *arguments, "--model", seeing, "--overwrite")
+    if result.exit_code == 0:  # what they saw has a route to CT
+        assert json.loads((tmp_path / "ct.json").read_text())["identified"]["modality"]
     else:
-        assert result.exit_code == 1 and "cannot identify" in told["error"]
+        assert "trained for" in result.stdout + result.stderr or "nothing to synthesise" in result.stdout
 
 
 def test_ctrl_c_keeps_what_is_finished(scans, tmp_path):

@@ -1,6 +1,7 @@
 """Whole scans: everything stays in its place, nothing depends on the batch, and the record says what was done."""
 
 import copy
+import errno
 import json
 
 import nibabel
@@ -230,6 +231,19 @@ def test_samples_leave_their_deviation_beside_the_mean_and_nothing_is_replaced(p
         write_synthesis(made, tmp_path / "ct.nii.gz")
     assert written[0].read_bytes() == before
     write_synthesis(made, tmp_path / "ct.nii.gz", overwrite=True)
+
+
+def test_a_full_disk_leaves_nothing_alone(pipe, tmp_path, monkeypatch):
+    """No record of a volume that is not there."""
+    made = synthesize_volume(pipe, head(), **QUICK, num_samples=2)
+
+    def full(image, name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nibabel, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_synthesis(made, tmp_path / "ct.nii.gz")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_pipeline_takes_volumes_and_their_paths(pipe, tmp_path):

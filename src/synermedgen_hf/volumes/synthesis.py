@@ -272,11 +272,17 @@ def write_synthesis(synthesis: VolumeSynthesis, path: str | Path, overwrite: boo
     written = [path, sidecar] + ([spread] if synthesis.std is not None else [])
     if not overwrite and (there := [str(file) for file in written if file.exists()]):
         raise FileExistsError(f"{', '.join(there)}: there already. Choose another name, or overwrite.")
-    # The volume comes last: where it is, the rest is too.
-    if synthesis.std is not None:
-        write_volume(synthesis.std, spread, overwrite=True)
-    write_whole(sidecar, json.dumps(synthesis.record, indent=2) + "\n")
-    write_volume(synthesis.volume, path, overwrite=True)
+    # The volume comes last: where it is, the rest is too; and without it the rest says nothing.
+    try:
+        if synthesis.std is not None:
+            write_volume(synthesis.std, spread, overwrite=True)
+        write_whole(sidecar, json.dumps(synthesis.record, indent=2) + "\n")
+        write_volume(synthesis.volume, path, overwrite=True)
+    except OSError:
+        if not path.exists():
+            for file in written:
+                file.unlink(missing_ok=True)
+        raise
     return written
 
 
