@@ -35,7 +35,7 @@ help:
 	@echo "make test-slow   the tests left out of it"
 	@echo "make quality     lint and format check"
 	@echo "make benchmark   speed and memory"
-	@echo "make train-tiny  train the bundled demonstration weights again"
+	@echo "make train-tiny  train demonstration weights from nothing, both stages"
 	@echo "make clean       remove what was built; .venv and runs/ stay"
 
 .venv/bin/python:
