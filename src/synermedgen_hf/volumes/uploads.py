@@ -319,6 +319,7 @@ def _unzip(file, folder: Path, limits: UploadLimits) -> Path:
                             unpacked.write(chunk)
                             chunk = packed.read(1 << 20)
                 kept += 1
+    # zipfile raises the last one for a way of packing that it does not know.
     except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError) as error:
         raise ValueError("The zip is damaged or not complete: pack and send it again.") from error
     if not kept:
