@@ -1,15 +1,18 @@
-"""Give the toy what a base model brings along: eyes that tell slices apart, and the habit of comparing pictures.
+"""Give the toy what a base model brings along: eyes that tell slices apart, and the habit of comparing.
 
     python examples/pretrain_tiny.py --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny-base
 
 BAGEL starts from SigLIP2's eyes and Qwen2.5's text. The toy starts from random numbers, and the understanding tasks
 alone do not take it from there: what is right depends on two images at once, and no single one of them gives a hint.
-Two short trainings on simulated patients stand in for a base.
+Three short trainings on simulated patients stand in for a base.
 
-1. ViT and connector, by contrast and by name: of many slices, which two show the same place in two modalities (InfoNCE
-   over the mean token of an image, as CLIP does between image and text), and which modality is each? Contrast alone
-   would make all modalities look the same.
-2. The understanding expert, by comparing: one slice, then eight more, and after each of them `yes` or `no`.
+1. Eyes: ViT and connector, by contrast and by name. Of many slices, which two show the same place in two modalities
+   (InfoNCE over the mean token of an image, as CLIP does between image and text), and which modality is each? Contrast
+   alone would make all modalities look the same.
+2. Words: the understanding expert answers many small questions in a row. Is this the place of the first slice, `yes` or
+   `no`? What modality is this? Does this sentence say how the two slices differ? Which change does it speak of?
+3. Letters: of four slices, which one? The question grows from its last words to all of them: from the start, it would
+   stand in the way of what has been learned.
 
 Stage I, `examples/train_understanding.py`, goes on from here.
 """
@@ -17,6 +20,8 @@ Stage I, `examples/train_understanding.py`, goes on from here.
 import argparse
 import json
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,13 +40,23 @@ from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import PHANTOM_VERSION
 from synermedgen_hf.data.routes import MODALITIES
 from synermedgen_hf.data.synermed import load_phantom_case, phantom_records
+from synermedgen_hf.data.understanding import ROUTE_PAIRS, wrong_pairs
+from synermedgen_hf.data.wordings import CTS_QUESTIONS, describe, region_name
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.optimization import MuonWithAdamW
-from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, pad_sequences
+from synermedgen_hf.processing_synermedgen import (
+    MODALITY_NAMES,
+    MODALITY_QUESTION,
+    ImageBlock,
+    build_sequence,
+    pad_sequences,
+)
 
 SLICES = 8  # of a volume in a batch of contrast
-CANDIDATES = 8
+# Of each kind of small questions: rows of a step, questions of a row, and the weight of their loss.
+WORDS = {"place": (40, 8, 0.4), "name": (8, 8, 0.15), "change": (16, 3, 0.3), "read": (6, 4, 0.15)}
+LETTERS = "ABCD"
 GAP_MM = 4.0  # between slices that are told apart, as in CTS
 
 
@@ -53,8 +68,9 @@ def parse_args(argv=None):
     parser.add_argument("--train_cases", type=int, default=60, help="simulated subjects per protocol")
     parser.add_argument("--contrast_steps", type=int, default=1500)
     parser.add_argument("--contrast_volumes", type=int, default=24, help=f"a step, {SLICES} slices of each")
-    parser.add_argument("--compare_steps", type=int, default=600)
-    parser.add_argument("--compare_batch_size", type=int, default=48)
+    parser.add_argument("--words_steps", type=int, default=700)
+    parser.add_argument("--letters_steps", type=int, default=400)
+    parser.add_argument("--letters_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--muon_learning_rate", type=float, default=0.02, help="of the ViT's matrices, for contrast")
     parser.add_argument("--warmup_steps", type=int, default=50)
@@ -82,15 +98,16 @@ def display_volume(job) -> dict[str, np.ndarray]:
 
 class Slices:
     """
-    Slices of simulated patients as the ViT reads them: `patches[row]`, `modality[row]` as a number, and where each
-    volume's rows begin.
+    Slices of simulated patients as the ViT reads them: `patches[row]`, `modality[row]` as a number, and for each volume
+    where the rows of its modalities begin, its slices, how many of them make a gap, and its region.
     """
 
     def __init__(self, split: str, args, processor):
         jobs = [(record, args.cache_dir) for record in phantom_records(split, args.train_cases)]
         patches, modality, self.volumes, rows = [], [], [], 0
         with get_context("spawn").Pool(args.num_proc) as pool:
-            for volume in tqdm(pool.imap(display_volume, jobs), total=len(jobs), desc="simulate"):
+            volumes = tqdm(pool.imap(display_volume, jobs), total=len(jobs), desc="simulate")
+            for (record, _), volume in zip(jobs, volumes, strict=True):
                 gap = max(1, math.ceil(GAP_MM / volume.pop("between_mm").item() - 1e-6))
                 count = len(next(iter(volume.values())))
                 if count < SLICES * gap:
@@ -105,16 +122,19 @@ class Slices:
                     )
                     modality += [MODALITIES.index(name)] * count
                     first[name], rows = rows, rows + count
-                self.volumes.append((first, count, gap))
+                self.volumes.append((first, count, gap, record.region))
         self.patches, self.modality = torch.cat(patches), torch.tensor(modality)
         side = math.isqrt(self.patches.shape[1])
         self.grid = (side, side)
 
-    def pair(self, rng) -> tuple[int, int, int, int]:
-        """First rows of two modalities of one volume, its slices, and how many of them make a gap."""
-        first, count, gap = self.volumes[rng.integers(len(self.volumes))]
-        one, other = rng.choice(list(first.values()), 2, replace=False)
-        return one, other, count, gap
+    def pair(self, rng) -> tuple[int, int, int, int, str]:
+        """First rows of two modalities of one volume, its slices, how many of them make a gap, and its region."""
+        first, *rest = self.volumes[rng.integers(len(self.volumes))]
+        return *rng.choice(list(first.values()), 2, replace=False), *rest
+
+    def name(self, row: int) -> str:
+        """Modality of a row."""
+        return MODALITIES[self.modality[row]]
 
     def pixels(self, rows) -> dict[str, torch.Tensor]:
         values = self.patches[torch.as_tensor(np.asarray(rows))].float()
@@ -128,7 +148,7 @@ def contrast_rows(slices: Slices, volumes: int, rng) -> np.ndarray:
     """Rows `(2, volumes * SLICES)`: the same places in two modalities. Half of the volumes give a stretch of slices."""
     chosen = []
     for _ in range(volumes):
-        one, other, count, gap = slices.pair(rng)
+        one, other, count, gap, _ = slices.pair(rng)
         places = np.arange(rng.integers(gap), count, gap)
         if rng.random() < 0.5 and len(places) > SLICES:
             start = rng.integers(len(places) - SLICES)
@@ -153,28 +173,117 @@ def contrast_loss(model, namer, slices: Slices, rows: np.ndarray, temperature: t
     return place + cross_entropy(namer(image[:, :room]), slices.modality[torch.as_tensor(rows)])
 
 
-def compare_batch(model, processor, slices: Slices, count: int, rng) -> dict[str, torch.Tensor]:
-    """A slice, then candidates of another modality (sometimes of the same), each followed by `yes` or `no`."""
-    sequences, shown = [], []
-    answers = [processor.text_block(word, learned=True) for word in ("no", "yes")]
-    while len(sequences) < count:
-        one, other, number, gap = slices.pair(rng)
-        other = one if rng.random() < 0.3 else other
-        place = rng.integers(number)
-        apart = [wrong for wrong in range(number) if abs(wrong - place) >= gap]
-        if rng.random() < 0.5:  # neighbours
-            apart = sorted(apart, key=lambda wrong: abs(wrong - place))[:8]
-        blocks = [processor.text_block("1"), ImageBlock("image", slices.grid)]
-        shown.append(one + place)
-        for right in rng.random(CANDIDATES) < 0.5:
-            blocks += [ImageBlock("image", slices.grid), answers[int(right)]]
+class Words:
+    """
+    Rows of many small questions, for one kind of them at a time.
+
+    Args:
+        slices ([`Slices`]): What is asked about.
+        processor ([`SynerMedGenProcessor`]): For its tokenizer.
+        config ([`SynerMedGenConfig`]): For its special ids.
+    """
+
+    def __init__(self, slices: Slices, processor, config):
+        self.slices, self.processor, self.config = slices, processor, config
+        self.image = ImageBlock("image", slices.grid)
+
+    def said(self, text: str):
+        return self.processor.text_block(text)
+
+    def answer(self, text: str):
+        return self.processor.text_block(text, learned=True)
+
+    def yes_or_no(self, right: bool):
+        return self.answer("yes" if right else "no")
+
+    def batch(self, row: Callable, count: int) -> dict[str, torch.Tensor]:
+        """`count` rows: each call of `row` gives its blocks and the slices they show."""
+        blocks, shown = zip(*(row() for _ in range(count)), strict=True)
+        batch = pad_sequences(self.config, [build_sequence(self.config, each) for each in blocks])
+        rows = [number for each in shown for number in each]
+        return batch | (self.slices.pixels(rows) if rows else {})
+
+    def place(self, rng, questions: int):
+        """A slice, then others of another modality (sometimes of the same): is it the same place?"""
+        one, other, place, apart, _ = self.choose(rng)
+        blocks, shown = [self.said("1"), self.image], [one + place]
+        for right in rng.random(questions) < 0.5:
+            blocks += [self.image, self.yes_or_no(right)]
             shown.append(other + (place if right else rng.choice(apart)))
-        sequences.append(build_sequence(model.config, blocks))
-    return pad_sequences(model.config, sequences) | slices.pixels(shown)
+        return blocks, shown
+
+    def choose(self, rng):
+        """
+        First rows of two modalities of a volume, three times of ten the same, a slice, and others, by halves its
+        neighbours, and the region.
+        """
+        one, other, count, gap, region = self.slices.pair(rng)
+        other = one if rng.random() < 0.3 else other
+        place = rng.integers(count)
+        apart = [wrong for wrong in range(count) if abs(wrong - place) >= gap]
+        if rng.random() < 0.5:
+            apart = sorted(apart, key=lambda wrong: abs(wrong - place))[:8]
+        return one, other, place, apart, region
+
+    def name(self, rng, questions: int):
+        """What modality is this?"""
+        blocks, shown = [self.said(MODALITY_QUESTION)], []
+        for _ in range(questions):
+            one, _, count, _, _ = self.slices.pair(rng)
+            shown.append(one + rng.integers(count))
+            blocks += [self.image, self.answer(MODALITY_NAMES[self.slices.name(shown[-1])])]
+        return blocks, shown
+
+    def change(self, rng, questions: int):
+        """Two modalities of a slice, then sentences: does this one say what changes?"""
+        one, other, count, _, region = self.slices.pair(rng)
+        place = rng.integers(count)
+        source, target = self.slices.name(one), self.slices.name(other)
+        home, away = wrong_pairs(source, target, region)
+        blocks = [self.said("1"), self.image, self.said("2"), self.image]
+        for right in rng.random(questions) < 0.5:
+            direction = source, target
+            if not right:
+                wrong = home or away
+                direction = (target, source) if rng.random() < 0.4 else wrong[rng.integers(len(wrong))]
+                direction = direction if rng.random() < 0.5 or direction == (target, source) else direction[::-1]
+            blocks += [self.said(rng.choice(describe(*direction, region))), self.yes_or_no(right)]
+        return blocks, [one + place, other + place]
+
+    def read(self, rng, questions: int):
+        """Sentences alone: from what to what?"""
+        blocks = []
+        for _ in range(questions):
+            direction = rng.permutation(ROUTE_PAIRS[rng.integers(len(ROUTE_PAIRS))])
+            region = rng.choice(["brain", "pelvis", "whole-body"])
+            blocks.append(self.said(rng.choice(describe(*direction, region))))
+            blocks.append(self.answer(" ".join(MODALITY_NAMES[modality] for modality in direction)))
+        return blocks, []
+
+    def letter(self, rng, share: float):
+        """A question of CTS, cut to at most `share` of its words, from the back."""
+        while True:
+            one, other, place, apart, region = self.choose(rng)
+            chosen = rng.permutation(apart)[: len(LETTERS) - 1].tolist()
+            if len(chosen) == len(LETTERS) - 1:
+                break
+        answer = rng.integers(len(LETTERS))
+        chosen.insert(answer, place)
+        blocks, shown = [self.said("1"), self.image], [one + place]
+        for letter, candidate in zip(LETTERS, chosen, strict=True):
+            blocks += [self.said(letter), self.image]
+            shown.append(other + candidate)
+        names = {"source": MODALITY_NAMES[self.slices.name(one)], "target": MODALITY_NAMES[self.slices.name(other)]}
+        question = rng.choice(CTS_QUESTIONS).format(
+            **names, region=region_name(region), letters=f"A to {LETTERS[-1]}", count=len(LETTERS)
+        )
+        words = question.split()
+        last = len(words) if rng.random() < 0.2 else rng.integers(1, 2 + int(share * len(words)))
+        return [*blocks, self.said(" ".join(words[-last:])), self.answer(LETTERS[answer])], shown
 
 
-def train(name: str, loss_of, parameters, args, steps: int, muon_lr: float | None, log: list):
-    """`steps` of one of the two trainings."""
+def train(name: str, losses_of: Callable[[int], Iterator[torch.Tensor]], parameters, args, steps: int, muon_lr, log):
+    """`steps` of one of the trainings, each of which sums up some losses."""
     if muon_lr is None:
         optimizer = torch.optim.AdamW([p for _, p in parameters], lr=args.learning_rate, betas=(0.9, 0.98))
     else:
@@ -182,16 +291,20 @@ def train(name: str, loss_of, parameters, args, steps: int, muon_lr: float | Non
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, steps)
     progress = tqdm(range(steps), desc=name)
     for step in progress:
-        loss = loss_of(step)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss of {name} is {loss.item()} at step {step}. Lower the learning rate.")
-        loss.backward()
+        total = 0.0
+        for loss in losses_of(step):
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of {name} is {loss.item()} at step {step}: lower the learning rate."
+                )
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        log.append({"training": name, "step": step + 1, "loss": round(loss.item(), 4)})
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        log.append({"training": name, "step": step + 1, "loss": round(total, 4)})
+        progress.set_postfix(loss=f"{total:.3f}")
 
 
 def main(args):
@@ -202,7 +315,9 @@ def main(args):
     model, processor = pipe.model.train(), pipe.processor
     model.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
     slices = Slices("train", args, processor)
-    log: list[dict] = []
+    words = Words(slices, processor, model.config)
+    temperature = torch.nn.Parameter(torch.tensor(2.3))  # of CLIP: 1 / 0.1, as a logarithm
+    namer = torch.nn.Linear(model.config.text_config.hidden_size // 8, len(MODALITIES))  # not kept
 
     def rng(step, stage):
         return np.random.default_rng([args.seed, stage, step])
@@ -213,36 +328,54 @@ def main(args):
     def contrast(step):
         rows = contrast_rows(slices, args.contrast_volumes, rng(step, 1))
         with autocast():
-            return contrast_loss(model, namer, slices, rows, temperature)
+            yield contrast_loss(model, namer, slices, rows, temperature)
 
-    def compare(step):
-        batch = compare_batch(model, processor, slices, args.compare_batch_size, rng(step, 2))
+    def small_questions(step):
+        draw = rng(step, 2)
+        for kind, (count, questions, weight) in WORDS.items():
+            batch = words.batch(partial(getattr(words, kind), draw, questions), count)
+            with autocast():
+                yield model(**batch).loss * weight
+
+    def letters(step):
+        draw = rng(step, 3)
+        share = min(1.0, 3 * step / args.letters_steps)
+        batch = words.batch(partial(words.letter, draw, share), args.letters_batch_size)
         with autocast():
-            return model(**batch).loss
+            yield model(**batch).loss
 
-    temperature = torch.nn.Parameter(torch.tensor(2.3))  # of CLIP: 1 / 0.1, as a logarithm
-    namer = torch.nn.Linear(model.config.text_config.hidden_size // 8, len(MODALITIES))  # not kept
-    eyes = [(name, p) for name, p in model.named_parameters() if part_of(name) == "vision"]
-    half_way = args.output_dir / "eyes.safetensors"
-    if half_way.exists():  # of an interrupted run
-        model.load_state_dict(load_tensors(half_way), strict=False)
-    else:
-        trained = [*eyes, ("temperature", temperature), *namer.named_parameters()]
-        train("contrast", contrast, trained, args, args.contrast_steps, args.muon_learning_rate, log)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        save_tensors({name: parameter.data for name, parameter in eyes}, half_way)
-
-    # What the eyes have learned stays: until comparing works, its gradients would be noise.
-    model.requires_grad_(False)
-    mind = [(name, p) for name, p in model.named_parameters() if part_of(name) == "understanding"]
-    for _, parameter in mind:
-        parameter.requires_grad_(True)
-    train("compare", compare, mind, args, args.compare_steps, None, log)
+    eyes, mind = (
+        [(name, p) for name, p in model.named_parameters() if part_of(name) == part]
+        for part in ("vision", "understanding")
+    )
+    trainings = {
+        "eyes": (contrast, [*eyes, ("temperature", temperature), *namer.named_parameters()], args.contrast_steps),
+        # What the eyes have learned stays: until comparing works, its gradients would be noise.
+        "words": (small_questions, mind, args.words_steps),
+        "letters": (letters, mind, args.letters_steps),
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    log_file = args.output_dir / "log.jsonl"
+    for name, (losses_of, parameters, steps) in trainings.items():
+        done = args.output_dir / f"{name}.safetensors"
+        if done.exists():  # of an interrupted run
+            model.load_state_dict(load_tensors(done), strict=False)
+            continue
+        model.requires_grad_(False)
+        for _, parameter in parameters:
+            parameter.requires_grad_(True)
+        log: list[dict] = []
+        train(name, losses_of, parameters, args, steps, args.muon_learning_rate if name == "eyes" else None, log)
+        with log_file.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in log)
+        unfinished = done.with_suffix(".tmp")
+        save_tensors({key: p.data for key, p in (eyes if name == "eyes" else mind)}, unfinished)
+        unfinished.replace(done)
 
     pipe.model = model.requires_grad_(True).eval()
     pipe.save_pretrained(args.output_dir)
-    half_way.unlink()
-    (args.output_dir / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    for name in trainings:
+        (args.output_dir / f"{name}.safetensors").unlink()
     print(f"Saved {args.output_dir}")
 
 

@@ -12,13 +12,21 @@ from synermedgen_hf.data.routes import MODALITIES
 from synermedgen_hf.model_card import CARD_MARK, make_model_card, may_replace_card
 
 ROUTES = ["brain/MRI-CT", "brain/CT-MRI"]
+PROTOCOL = {"name": "paper_frame", "area": "frame"}
 EVALUATION = {
-    "protocol": "ssim x100, 7x7 uniform, whole frame",
-    "subjects": "8 subjects, test split",
-    "routes": [
-        {"route": "brain/MRI-CT", "slices": 24, "ssim": 82.81556, "psnr": 27.25, "copy": 46.1},
-        {"route": "brain/CT-MRI", "slices": 24, "ssim": 35.5, "psnr": 21.0, "copy": 46.1},
-    ],
+    "arguments": {"phantom_cases": 8, "split": "test", "level": "slice", "protocol": "paper_frame"},
+    "routes": {
+        "brain/MRI-CT": {
+            "cases": 24,
+            "protocol": PROTOCOL,
+            "metrics": {"ssim_frame": {"mean": 0.8281556123}, "psnr_frame": {"mean": 27.25}},
+        },
+        "brain/CT-MRI": {
+            "cases": 24,
+            "protocol": PROTOCOL,
+            "metrics": {"ssim_frame": {"mean": 0.355}, "psnr_frame": {"mean": None}},
+        },
+    },
 }
 EVERYTHING = {
     "base_model": "lab/base",
@@ -98,21 +106,21 @@ def test_results_go_through_the_hubs_model_index_and_back(card):
     name, results = model_index_to_eval_results(index)
     assert name == "synermedgen-brain" and eval_results_to_model_index(name, results) == index
     found = {(result.dataset_config, result.metric_type): result.metric_value for result in results}
-    assert found == {
-        ("brain/MRI-CT", "ssim"): 82.8156,
-        ("brain/MRI-CT", "psnr"): 27.25,
-        ("brain/CT-MRI", "ssim"): 35.5,
-        ("brain/CT-MRI", "psnr"): 21.0,
+    assert found == {  # what is undefined, is no result
+        ("brain/MRI-CT", "ssim_frame"): 0.828156,
+        ("brain/MRI-CT", "psnr_frame"): 27.25,
+        ("brain/CT-MRI", "ssim_frame"): 0.355,
     }
     for result in results:  # a number without its protocol cannot be compared with any other
-        assert result.metric_name == f"{result.metric_type} (ssim x100, 7x7 uniform, whole frame)"
-        assert result.task_type == "image-to-image" and result.dataset_name == "8 subjects, test split"
+        assert result.metric_name == f"{result.metric_type} (paper_frame, slice)"
+        assert result.task_type == "image-to-image" and result.dataset_split == "test"
+        assert result.dataset_name == "8 simulated patients of each protocol"
 
 
-def test_an_evaluation_is_taken_as_a_dict_or_from_its_file(card, config, intensity, tmp_path):
-    path = tmp_path / "evaluation.json"
+def test_an_evaluation_is_taken_as_a_dict_or_from_its_folder_or_file(card, config, intensity, tmp_path):
+    path = tmp_path / "summary.json"
     path.write_text(json.dumps(EVALUATION))
-    for source in (path, str(path)):
+    for source in (path, str(path), tmp_path):
         again = make_model_card(config, intensity, "synermedgen-brain", **{**EVERYTHING, "evaluation": source})
         assert str(again) == str(card)
 
@@ -167,11 +175,12 @@ def test_it_states_what_the_weights_have_seen(card, config, intensity):
 
 def test_it_shows_the_evaluation_with_its_protocol(card, config, intensity):
     text = section(card, "Evaluation")
-    assert text.startswith("ssim x100, 7x7 uniform, whole frame. 8 subjects, test split.")
+    assert text.startswith("8 simulated patients of each protocol, split test, judged by slice under `paper_frame`")
+    assert "name: paper_frame; area: frame." in text
     assert rows(text) == [
-        ["route", "ssim", "psnr", "copy"],
-        ["brain/MRI-CT", "82.8", "27.2", "46.1"],
-        ["brain/CT-MRI", "35.5", "21.0", "46.1"],
+        ["route", "slices", "ssim_frame", "psnr_frame"],
+        ["brain/MRI-CT", "24", "0.8282", "27.25"],
+        ["brain/CT-MRI", "24", "0.355", ""],
     ]
     assert "## Evaluation" not in make_model_card(config, intensity, "unmeasured").text
 
@@ -227,7 +236,7 @@ def test_a_saved_pipeline_carries_its_card_titled_by_its_folder(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "my-model", card={"license": "mit", "evaluation": EVALUATION})
     card = ModelCard.load(tmp_path / "my-model" / "README.md")
     assert card.data.license == "mit" and "# my-model\n" in card.text
-    assert card.data.model_name == "my-model" and len(card.data.eval_results) == 4
+    assert card.data.model_name == "my-model" and len(card.data.eval_results) == 3
 
 
 def test_the_hub_reads_the_card_of_a_pushed_pipeline(hub, pipe):
@@ -275,15 +284,14 @@ def test_only_a_card_of_ours_may_be_replaced(card):
 def test_the_bundled_checkpoint_makes_a_valid_card_of_its_evaluation(hub, intensity):
     folder = checkpoint_path("synermedgen-tiny")
     config = SynerMedGenConfig.from_pretrained(folder / "model")
-    evaluation = folder / "training" / "evaluation.json"
+    evaluation = folder / "training" / "evaluation" / "summary.json"
     card = make_model_card(config, intensity, folder.name, evaluation=evaluation)
     card.validate()
-    stored = json.loads(evaluation.read_text())
-    assert [result.dataset_config for result in card.data.eval_results] == config.trained_routes
-    assert [result.metric_value for result in card.data.eval_results] == [
-        round(record["ssim"], 4) for record in stored["routes"]
-    ]
-    assert len(rows(section(card, "Evaluation"))) == 23
+    routes = json.loads(evaluation.read_text())["routes"]
+    assert {result.dataset_config for result in card.data.eval_results} == set(routes) == set(config.trained_routes)
+    assert all(result.metric_value is not None for result in card.data.eval_results)
+    shown = rows(section(card, "Evaluation"))
+    assert {line[0] for line in shown} == {*routes, "route"}
     assert "Demonstration" in section(card, "synermedgen-tiny")
 
 
@@ -292,33 +300,36 @@ def test_the_bundled_checkpoint_makes_a_valid_card_of_its_evaluation(hub, intens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("evaluation", [{}, {"routes": []}, {"protocol": "ssim"}, {"mean": {"ssim": 1.0}}])
-def test_an_evaluation_without_protocol_or_routes_is_refused(config, intensity, evaluation):
+@pytest.mark.parametrize("evaluation", [{}, {"routes": {}}, {"arguments": {}}, {"mean": {"ssim": 1.0}}])
+def test_an_evaluation_without_arguments_or_routes_is_refused(config, intensity, evaluation):
     held = ", ".join(evaluation) or "nothing"
-    with pytest.raises(ValueError, match=f"must hold 'protocol' and 'routes', got {held}"):
+    with pytest.raises(ValueError, match=f"must hold 'arguments' and 'routes', got {held}"):
         make_model_card(config, intensity, "bad", evaluation=evaluation)
+
+
+def record(**changes):
+    return {"cases": 1, "protocol": PROTOCOL, "metrics": {}} | changes
 
 
 @pytest.mark.parametrize(
-    "evaluation",
+    "routes",
     [
         [],
-        {"protocol": "ssim", "routes": []},
-        {"protocol": "ssim", "routes": [{"ssim": 1.0}]},
-        {"protocol": "ssim", "routes": [{"route": "brain/MRI-CT", "ssim": None}]},
-        {"protocol": "ssim", "routes": [{"route": "brain/MRI-CT", "ssim": float("nan")}]},
-        {"protocol": "ssim", "routes": [{"route": "brain/MRI-CT", "ssim": 1.0}, {"route": "brain/CT-MRI"}]},
-        {"protocol": "ssim", "routes": [{"route": "brain/MRI-CT", "ssim": "82 %"}]},
+        {},
+        {"brain/MRI-CT": 0.8},
+        {"brain/MRI-CT": {"metrics": {}}},
+        {"brain/MRI-CT": record(metrics={"ssim": {"mean": float("nan")}})},
+        {"brain/MRI-CT": record(metrics={"ssim": {"mean": "82 %"}})},
     ],
-    ids=["a-list", "no-routes", "unnamed", "no-value", "not-a-number", "other-columns", "a-text"],
+    ids=["a-list", "no-routes", "a-number", "no-protocol", "not-a-number", "a-text"],
 )
-def test_an_evaluation_whose_records_cannot_be_shown_is_refused(config, intensity, evaluation):
+def test_an_evaluation_whose_records_cannot_be_shown_is_refused(config, intensity, routes):
     with pytest.raises(ValueError, match="evaluation"):
-        make_model_card(config, intensity, "bad", evaluation=evaluation)
+        make_model_card(config, intensity, "bad", evaluation={**EVALUATION, "routes": routes})
 
 
 def test_a_bad_evaluation_stops_a_save_before_anything_is_written(pipe, tmp_path):
-    with pytest.raises(ValueError, match="must hold 'protocol' and 'routes'"):
+    with pytest.raises(ValueError, match="must hold 'arguments' and 'routes'"):
         pipe.save_pretrained(tmp_path / "new", card={"evaluation": {"ssim": 1.0}})
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         pipe.save_pretrained(tmp_path / "new", card={"evaluation": "nowhere.json"})

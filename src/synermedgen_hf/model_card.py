@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CARD_MARK = "<!-- Written by synermedgen_hf. Remove this line to keep your own changes when saving again. -->"
-METRICS = ("ssim", "ms_ssim", "psnr", "mae", "rmse")
+SUMMARY = "summary.json"  # of a folder that `synermedgen evaluate` wrote
 
 
 def make_model_card(
@@ -36,25 +36,27 @@ def make_model_card(
         license (`str`, defaults to `"apache-2.0"`): A licence identifier of the Hub.
         datasets (`list[str]`, *optional*): Hub ids of the training data.
         training_data (`str`, *optional*): A statement of what the weights have seen, in words.
-        evaluation (`dict` or path, *optional*): As `examples/evaluate_routes.py` writes it, or its path: `protocol`,
-            `subjects`, and `routes` with one record each. It becomes the card's model-index and a table.
+        evaluation (`dict` or path, *optional*): Folder that `synermedgen evaluate` wrote, or its `summary.json` as a
+            path or loaded. It becomes the card's model-index and its tables.
         repo_id (`str`, *optional*): Where it will be published: no model is its own base.
 
     Returns:
         `huggingface_hub.ModelCard`
 
     Raises:
-        `ValueError`: The evaluation lacks `protocol` or `routes`.
+        `FileNotFoundError`: There is no such evaluation.
+        `ValueError`: It is none of synthesis, or not whole.
     """
     if base_model is None:
         loaded_from = getattr(config, "_name_or_path", "") or ""
         is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", loaded_from) and not Path(loaded_from).exists()
         base_model = loaded_from if is_repository and loaded_from != repo_id else None
     if isinstance(evaluation, (str, os.PathLike)):
-        evaluation = json.loads(Path(evaluation).read_text())
+        path = Path(evaluation)
+        evaluation = json.loads((path / SUMMARY if path.is_dir() else path).read_text(encoding="utf-8"))
     if evaluation is not None:
         check_evaluation(evaluation)
-    results = _eval_results(evaluation) if evaluation else None
+    results = evaluation_results(evaluation) if evaluation else None
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image",
@@ -92,7 +94,7 @@ def make_model_card(
         "## Training data\n\n" + (training_data or config.notice or "Not stated."),
     ]
     if evaluation:
-        sections.append("## Evaluation\n\n" + _evaluation_table(evaluation))
+        sections.append("## Evaluation\n\n" + _evaluation_tables(evaluation))
     sections += [
         "## Limits\n\n"
         "* Trained for the routes above; other anatomy, scanners and protocols are outside of what it has seen.\n"
@@ -113,23 +115,20 @@ def make_model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def check_evaluation(evaluation):
-    """Raise a `ValueError` for an evaluation that makes no table: it names the record."""
-    if not isinstance(evaluation, dict) or not {"protocol", "routes"} <= evaluation.keys():
-        got = ", ".join(map(str, evaluation)) if isinstance(evaluation, dict) else type(evaluation).__name__
-        raise ValueError(f"The evaluation must hold 'protocol' and 'routes', got {got or 'nothing'}.")
-    records = evaluation["routes"]
-    if not isinstance(records, list) or not records:
-        raise ValueError("The evaluation's 'routes' must be a list of records, and holds none.")
-    for place, record in enumerate(records):
-        if not isinstance(record, dict) or not isinstance(record.get("route"), str):
-            raise ValueError(f"Record {place} of the evaluation's routes is no object with a 'route': {record!r}.")
-        if record.keys() != records[0].keys():
-            raise ValueError(f"Record {place} of the evaluation, {record['route']}, has other columns than the first.")
-        for name, value in record.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if name != "route" and not is_number:
-                raise ValueError(f"{name} of {record['route']} in the evaluation is no number: {value!r}.")
+def check_evaluation(summary):
+    """Raise a `ValueError` for an evaluation that makes no table: it names the route."""
+    if not isinstance(summary, dict) or not {"arguments", "routes"} <= summary.keys():
+        got = ", ".join(map(str, summary)) if isinstance(summary, dict) else type(summary).__name__
+        raise ValueError(f"The evaluation must hold 'arguments' and 'routes', got {got or 'nothing'}.")
+    if not isinstance(summary["routes"], dict) or not summary["routes"]:
+        raise ValueError("The evaluation's 'routes' must be an object with a record for each route, and holds none.")
+    for route, record in summary["routes"].items():
+        if not isinstance(record, dict) or not {"protocol", "metrics", "cases"} <= record.keys():
+            raise ValueError(f"The evaluation's record of {route} must hold 'protocol', 'metrics' and 'cases'.")
+        for name, found in record["metrics"].items():
+            mean = found.get("mean") if isinstance(found, dict) else found
+            if mean is not None and not (isinstance(mean, (int, float)) and math.isfinite(mean)):
+                raise ValueError(f"{name} of {route} in the evaluation is no number: {mean!r}.")
 
 
 def may_replace_card(text: str | None) -> bool:
@@ -165,31 +164,59 @@ def _intensity_table(intensity: dict[str, dict]) -> str:
     return "\n".join(rows)
 
 
-def _evaluation_table(evaluation: dict) -> str:
-    columns = [name for name in evaluation["routes"][0] if name not in ("route", "slices")]
-    rows = [f"| route | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for record in evaluation["routes"]:
-        rows.append(f"| {record['route']} | {' | '.join(f'{record[name]:.1f}' for name in columns)} |")
-    where = f" {evaluation['subjects']}." if "subjects" in evaluation else ""
-    return f"{evaluation['protocol']}.{where}\n\n" + "\n".join(rows)
+def subjects(arguments: dict) -> str:
+    """Whom an evaluation was about, in words without a path."""
+    if "phantom_cases" in arguments:
+        return f"{arguments['phantom_cases']} simulated patients of each protocol"
+    return Path(arguments["data_dir"]).name
 
 
-def _eval_results(evaluation: dict) -> list[EvalResult]:
+def _evaluation_tables(summary: dict) -> str:
+    """One table for the routes of one protocol and one set of metrics."""
+    arguments = summary["arguments"]
+    groups: dict[str, list[str]] = {}
+    for route, record in summary["routes"].items():
+        groups.setdefault(json.dumps([record["protocol"], list(record["metrics"])]), []).append(route)
+    parts = [
+        f"{subjects(arguments)}, split {arguments['split']}, judged by {arguments['level']} under "
+        f"`{arguments['protocol']}`; means."
+    ]
+    for key, routes in groups.items():
+        stamp, metrics = json.loads(key)
+        rows = [f"| route | {arguments['level']}s | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+        for route in routes:
+            record = summary["routes"][route]
+            means = [record["metrics"][name]["mean"] for name in metrics]
+            cells = ["" if mean is None else f"{mean:.4g}" for mean in means]
+            rows.append(f"| {route} | {record['cases']} | {' | '.join(cells)} |")
+        parts += ["; ".join(f"{name}: {value}" for name, value in stamp.items()) + ".", "\n".join(rows)]
+    return "\n\n".join(parts)
+
+
+def evaluation_results(summary: dict) -> list[EvalResult]:
+    """
+    What the Hub's model-index holds of an evaluation: one result for each route and metric, named with its protocol.
+
+    Args:
+        summary (`dict`): As `synermedgen evaluate` writes it.
+    """
+    arguments = summary["arguments"]
     return [
         EvalResult(
             task_type="image-to-image",
-            task_name=f"Synthesis {record['route']}",
-            dataset_type=evaluation.get("dataset", "synermed"),
-            dataset_name=evaluation.get("subjects", "SynerMed"),
-            dataset_config=record["route"],
+            task_name=f"Synthesis {route}",
+            dataset_type="synermed",
+            dataset_name=subjects(arguments),
+            dataset_config=route,
+            dataset_split=arguments["split"],
             metric_type=metric,
-            metric_name=f"{metric} ({evaluation['protocol']})",
-            metric_value=round(record[metric], 4),
+            metric_name=f"{metric} ({arguments['protocol']}, {arguments['level']})",
+            metric_value=round(found["mean"], 6),
         )
-        for record in evaluation["routes"]
-        for metric in METRICS
-        if metric in record
+        for route, record in summary["routes"].items()
+        for metric, found in record["metrics"].items()
+        if found["mean"] is not None
     ]
 
 
-__all__ = ["make_model_card", "may_replace_card"]
+__all__ = ["evaluation_results", "make_model_card", "may_replace_card", "subjects"]

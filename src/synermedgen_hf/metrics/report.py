@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from PIL import Image, ImageOps
 
 from ..data.splits import write_whole
 from ..image_processing_synermedgen import to_display
+from ..model_card import evaluation_results, subjects
 from .protocols import check_same_protocol
 from .runs import CASES, name_of
 from .statistics import interval_of_mean
@@ -368,36 +368,13 @@ def markdown_table(columns: list[str], lines: list[list]) -> str:
 
 
 def _model_index(summary: dict) -> str:
-    """The front matter of a card, as the Hub reads it: one result for each route and metric."""
-    arguments = summary["arguments"]
-    results = [
-        EvalResult(
-            task_type="image-to-image",
-            task_name=f"Synthesis {route}",
-            dataset_type="synermed",
-            dataset_name=_subjects(arguments),
-            dataset_config=route,
-            dataset_split=arguments["split"],
-            metric_type=metric,
-            metric_name=f"{metric} ({arguments['protocol']}, {arguments['level']})",
-            metric_value=round(found["mean"], 6),
-        )
-        for route, own in summary["routes"].items()
-        for metric, found in own["metrics"].items()
-        if found["mean"] is not None
-    ]
-    block = {"model-index": eval_results_to_model_index(Path(arguments["model"]).name, results)}
-    return yaml.safe_dump(block, sort_keys=False, allow_unicode=True)
+    """The front matter of a card, as the Hub reads it."""
+    index = eval_results_to_model_index(Path(summary["arguments"]["model"]).name, evaluation_results(summary))
+    return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
 
 
 def _title(arguments: dict) -> str:
     return arguments["baseline"] or Path(arguments["model"]).name
-
-
-def _subjects(arguments: dict) -> str:
-    if "phantom_cases" in arguments:
-        return f"{arguments['phantom_cases']} simulated patients of each protocol"
-    return Path(arguments["data_dir"]).name
 
 
 _STYLE = """
@@ -418,7 +395,7 @@ def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], l
     say, arguments = html.escape, summary["arguments"]
     title = f"Evaluation of {_title(arguments)}"
     found = f"{summary['cases']['found']} cases, {summary['cases']['without slices']} of them without a usable slice"
-    parts = [f"<h1>{say(title)}</h1>", f"<p>{say(_subjects(arguments))}, split {say(arguments['split'])}: {found}.</p>"]
+    parts = [f"<h1>{say(title)}</h1>", f"<p>{say(subjects(arguments))}, split {say(arguments['split'])}: {found}.</p>"]
     parts.append("<p>Research use only. Not for clinical use: every synthesis may be wrong.</p>")
     for heading, note, columns, lines in tables:
         head = "".join(f"<th>{say(column)}</th>" for column in columns)
