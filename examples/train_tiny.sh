@@ -27,10 +27,18 @@ python examples/train_generation.py \
     --checkpointing_steps 200 --drop_vae 0.15 --drop_vit 0.3 --multi_source 0.05 \
     --sampling_steps 4 --guidance_scale 1.0 --image_guidance_scale 1.0
 
-# 5. On subjects that none of the above has seen.
-python examples/evaluate_routes.py --model runs/tiny/pipeline --output runs/tiny/evaluation.json
+# 5. On subjects that none of the above has seen: answers, and syntheses beside what they have to beat.
 synermedgen evaluate-understanding --model runs/tiny/pipeline --phantom-cases 10 --label-images \
     --output runs/tiny/answers
+judge() {
+    synermedgen evaluate --phantom-cases 8 --phantom-slices 3 --protocol paper_frame --model runs/tiny/pipeline \
+        --output "runs/tiny/$1" "${@:2}"
+}
+judge copying --baseline copy
+judge mapping --baseline mapping
+judge ceiling --baseline ceiling
+judge mean-of-8 --samples 8
+judge evaluation
 
 # 6. One repository with its card; the code is in the package. Beside the weights: how they were made.
 python - "$out" <<'EOF'
@@ -44,16 +52,16 @@ card = {
     "training_data": "Slices of 800 simulated patients (brain, pelvis, whole body) of synermedgen_hf.data.phantom in all "
     "22 routes, 128 pixels, and no real scan. `training/` holds the logs and arguments of both trainings and the "
     "evaluation; `make train-tiny` in a clone does it all again.",
-    "evaluation": "runs/tiny/evaluation.json",
+    "evaluation": "runs/tiny/evaluation",
 }
 pipe.save_pretrained(sys.argv[1], remote_code=False, card=card)
 EOF
-mkdir -p "$out/training"
+mkdir -p "$out/training/evaluation"
 cp runs/vae/log.jsonl "$out/training/vae_log.jsonl"
 cp runs/vae/training_args.json "$out/training/vae_args.json"
 cp runs/tiny-base/log.jsonl "$out/training/base_log.jsonl"
-cp runs/tiny-understanding/checkpoint-1400/trainer_state.json "$out/training/understanding_state.json"
+cp runs/tiny-understanding/checkpoint-1200/trainer_state.json "$out/training/understanding_state.json"
 cp runs/tiny/answers/summary.json "$out/training/understanding.json"
 cp runs/tiny/log.jsonl "$out/training/generation_log.jsonl"
 cp runs/tiny/training_args.json "$out/training/generation_args.json"
-cp runs/tiny/evaluation.json "$out/training/evaluation.json"
+cp runs/tiny/evaluation/summary.json "$out/training/evaluation/"

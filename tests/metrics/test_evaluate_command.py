@@ -1,6 +1,8 @@
 """The commands `evaluate` and `compare`: options arrive, and what is wrong is one sentence."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -8,6 +10,8 @@ from typer.testing import CliRunner
 from synermedgen_hf import cli
 from synermedgen_hf.data import synermed
 from synermedgen_hf.data.layouts import write_layout
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*arguments):
@@ -131,3 +135,25 @@ def test_both_commands_speak_json(runs, scans, tmp_path):
     assert json.loads(done.stdout) == read_json(tmp_path / "copy" / "summary.json")
     done = run("compare", folder / "copy", folder / "model", "--output", tmp_path / "found.json", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout) == read_json(tmp_path / "found.json")
+
+
+def test_a_table_sets_evaluations_side_by_side(runs, capsys):
+    folder, _ = runs
+    spec = importlib.util.spec_from_file_location("results_table", EXAMPLES / "results_table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    both = [f"ours={folder / 'model'}", f"copied={folder / 'copy'}"]
+    table.main(table.parse_args([*both, "--metric", "mae_hu_*"]))
+    shown = capsys.readouterr().out
+    routes = [read_json(folder / name / "summary.json")["routes"] for name in ("model", "copy")]
+    own, other = (each["brain/CBCT-CT"]["metrics"]["mae_hu_mask"]["mean"] for each in routes)
+    assert f"| brain/CBCT-CT | mae_hu_mask | {routes[0]['brain/CBCT-CT']['cases']} | {own:.1f} | {other:.1f} |" in shown
+    better = sum(
+        routes[0][route]["metrics"]["mae_hu_mask"]["mean"] < routes[1][route]["metrics"]["mae_hu_mask"]["mean"]
+        for route in routes[0]
+    )
+    assert f"ours is better than copied on {better} of {len(routes[0])} routes." in shown
+    with pytest.raises(SystemExit, match="has no figure ssim_magic"):
+        table.main(table.parse_args([*both, "--metric", "ssim_magic"]))
+    with pytest.raises(SystemExit, match="is no NAME=FOLDER"):
+        table.main(table.parse_args([str(folder), "--metric", "mae_hu_*"]))
