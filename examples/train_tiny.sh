@@ -28,8 +28,7 @@ python examples/train_generation.py \
     --sampling_steps 4 --guidance_scale 1.0 --image_guidance_scale 1.0
 
 # 5. On subjects that none of the above has seen: answers, and syntheses beside what they have to beat.
-synermedgen evaluate-understanding --model runs/tiny/pipeline --phantom-cases 10 --label-images \
-    --output runs/tiny/answers
+synermedgen evaluate-understanding --model runs/tiny/pipeline --phantom-cases 10 --output runs/tiny/answers
 judge() {
     synermedgen evaluate --phantom-cases 8 --phantom-slices 3 --protocol paper_frame --model runs/tiny/pipeline \
         --output "runs/tiny/$1" "${@:2}"

@@ -345,6 +345,7 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if is_main and (peft_config is None or script_args.merge_adapter):
         pipe.model = model.requires_grad_(True).eval()
         config.missing_parts = [part for part in config.missing_parts if part not in ("understanding", "vision")]
+        config.label_images = script_args.label_images
         config.trained_tasks = list(dict.fromkeys([*config.trained_tasks, *asked]))
         simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
         if script_args.phantom_cases:

@@ -452,6 +452,19 @@ def test_answer_returns_text(learned, mr_slice):
     assert isinstance(learned.answer([mr_slice, picture], "Which is brighter?", max_new_tokens=3), str)
 
 
+def test_a_label_stands_before_each_image_where_training_had_them(learned, mr_slice, monkeypatch):
+    def asked(images, **options):
+        ids = learned.question_inputs(images, "Which?", **options)["input_ids"][0]
+        return re.findall("[A-Z1]", learned.processor.tokenizer.decode(ids))
+
+    images = [mr_slice, mr_slice]
+    assert asked(images) == ["W"] and asked(images, labels=["1", "A"]) == ["1", "A", "W"]
+    monkeypatch.setattr(learned.model.config, "label_images", True)
+    assert asked(images) == ["A", "B", "W"] and asked(images[:1]) == ["W"]
+    with pytest.raises(ValueError, match="3 labels for 2 images"):
+        learned.answer(images, "Which?", labels=["A", "B", "C"])
+
+
 def test_the_source_may_be_left_out_where_it_can_be_identified(learned, mr_slice):
     found = learned.identify(mr_slice)["modality"]
     target = "PET" if found != "PET" else "CT"

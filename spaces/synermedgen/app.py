@@ -484,7 +484,8 @@ class App:
         score = {**score, "index": None, "asked": score["asked"] + 1, "you": score["you"] + (choice == right)}
         told = [f"It is <b>{right}</b>. You chose {choice}" + (", which is right." if choice == right else ".")]
         if self.learned("CTS"):
-            scores = self.pipe.score_answers(row["images"], row["question"], row["options"]).softmax(0)
+            labels = ["1", *row["options"]] if self.config.label_images else None  # as in training
+            scores = self.pipe.score_answers(row["images"], row["question"], row["options"], labels).softmax(0)
             guess = row["options"][int(scores.argmax())]
             score["model"] += guess == right
             told.append(f"The model chose {guess} ({float(scores.max()):.0%} sure).")

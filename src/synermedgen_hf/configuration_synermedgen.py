@@ -78,6 +78,8 @@ class SynerMedGenConfig(PreTrainedConfig):
         trained_tasks (`list[str]`):
             What this checkpoint has learned to understand, of `"CTS"`, `"MI"`, `"TIA"` and the control `"VQA"`;
             empty if nothing yet.
+        label_images (`bool`, defaults to `False`):
+            Whether its training wrote before each of several images what the question calls it, such as `A`.
         trained_routes (`list[str]`):
             Names of the routes it was trained to synthesise, such as `"brain/MRI-CT"`; empty if unknown, in which
             case no route is refused.
@@ -110,6 +112,7 @@ class SynerMedGenConfig(PreTrainedConfig):
     latent_token_id: int = 151654
     target_token_id: int = 151656
     trained_tasks: list[str] | None = None
+    label_images: bool = False
     trained_routes: list[str] | None = None
     missing_parts: list[str] | None = None
     notice: str | None = None

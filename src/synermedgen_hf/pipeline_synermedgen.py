@@ -10,6 +10,7 @@ images); these branches, and all slices of a batch, run as one batch.
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -816,7 +817,7 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
         return {"modality": best, "probability": probabilities[best], "probabilities": probabilities}
 
     @torch.no_grad()
-    def answer(self, images, question: str, max_new_tokens: int = 64) -> str:
+    def answer(self, images, question: str, max_new_tokens: int = 64, labels: list[str] | None = None) -> str:
         """
         Answer a question about one or several images, which come before the question.
 
@@ -824,17 +825,19 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
             images: One image or a list, as for [`~SynerMedGenPipeline.__call__`].
             question (`str`): Any text.
             max_new_tokens (`int`, defaults to 64): Upper bound of the answer's length.
+            labels (`list[str]`, *optional*): Written before each image. By default there are none, but for a model that
+                was trained with labels (`config.label_images`): there, several images are called A, B, C and so on.
 
         Returns:
             `str`
 
         Raises:
-            `ValueError`: The weights have learned no understanding task.
+            `ValueError`: The weights have learned no understanding task, or there are more or fewer labels than images.
         """
         tasks = self.model.config.trained_tasks
         self.check_task(tasks[0] if tasks else "any", "answer questions")
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        inputs = self.question_inputs(images, question)
+        inputs = self.question_inputs(images, question, labels)
         # generate() encodes the images before it calls forward, where offloading would bring the model in.
         if (hook := getattr(self.model, "_hf_hook", None)) is not None:
             hook.pre_forward(self.model)
@@ -843,20 +846,26 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
-    def question_inputs(self, images: list, question: str) -> dict[str, torch.Tensor]:
-        """Images, then the question, then the start of the answer."""
-        messages = [
-            {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]}
-        ]
+    def question_inputs(self, images: list, question: str, labels: list[str] | None = None) -> dict[str, torch.Tensor]:
+        """Images, each after its label if there are labels, then the question, then the start of the answer."""
+        if labels is None and self.model.config.label_images and 1 < len(images) <= len(ascii_uppercase):
+            labels = list(ascii_uppercase[: len(images)])
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"There are {len(labels)} labels for {len(images)} images.")
+        shown = [[{"type": "text", "text": label}, {"type": "image"}] for label in labels or ()]
+        content = [part for parts in shown for part in parts] or [{"type": "image"}] * len(images)
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         fetch = self.processor.image_processor.fetch_images
         images = [fetch(image) if isinstance(image, (str, Path)) else image for image in images]
         windows = [own_window(image) for image in images]
         return self.processor(text=text, images=images, window=windows, return_tensors="pt").to(self._execution_device)
 
-    def score_answers(self, images: list, question: str, answers: list[str]) -> torch.Tensor:
+    def score_answers(
+        self, images: list, question: str, answers: list[str], labels: list[str] | None = None
+    ) -> torch.Tensor:
         """Log-likelihood of each answer, `(answers,)`."""
-        inputs = self.question_inputs(images, question)
+        inputs = self.question_inputs(images, question, labels)
         scores = []
         for answer in answers:
             ids = [*self.processor.text_block(answer).ids, self.model.config.eos_token_id]
