@@ -9,8 +9,8 @@ Three short trainings on simulated patients stand in for a base.
 1. Eyes: ViT and connector, by contrast and by name. Of many slices, which two show the same place in two modalities
    (InfoNCE over the mean token of an image, as CLIP does between image and text), and which modality is each? Contrast
    alone would make all modalities look the same.
-2. Words: the understanding expert answers many small questions in a row. Is this the place of the first slice, `yes` or
-   `no`? What modality is this? Does this sentence say how the two slices differ? Which change does it speak of?
+2. Places: the understanding expert sees one slice, then eight more, and after each of them `yes` or `no`: is it the
+   same place? Asked among other things, comparing was not learned at all.
 3. Letters: of four slices, which one? The question grows from its last words to all of them: from the start, it would
    stand in the way of what has been learned.
 
@@ -20,7 +20,7 @@ Stage I, `examples/train_understanding.py`, goes on from here.
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,22 +40,19 @@ from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import PHANTOM_VERSION
 from synermedgen_hf.data.routes import MODALITIES
 from synermedgen_hf.data.synermed import load_phantom_case, phantom_records
-from synermedgen_hf.data.understanding import ROUTE_PAIRS, wrong_pairs
-from synermedgen_hf.data.wordings import CTS_QUESTIONS, describe, region_name
+from synermedgen_hf.data.wordings import CTS_QUESTIONS, region_name
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.optimization import MuonWithAdamW
 from synermedgen_hf.processing_synermedgen import (
     MODALITY_NAMES,
-    MODALITY_QUESTION,
     ImageBlock,
     build_sequence,
     pad_sequences,
 )
 
 SLICES = 8  # of a volume in a batch of contrast
-# Of each kind of small questions: rows of a step, questions of a row, and the weight of their loss.
-WORDS = {"place": (40, 8, 0.4), "name": (8, 8, 0.15), "change": (16, 3, 0.3), "read": (6, 4, 0.15)}
+CANDIDATES = 8  # of a row of places
 LETTERS = "ABCD"
 GAP_MM = 4.0  # between slices that are told apart, as in CTS
 
@@ -68,10 +65,12 @@ def parse_args(argv=None):
     parser.add_argument("--train_cases", type=int, default=60, help="simulated subjects per protocol")
     parser.add_argument("--contrast_steps", type=int, default=1500)
     parser.add_argument("--contrast_volumes", type=int, default=24, help=f"a step, {SLICES} slices of each")
-    parser.add_argument("--words_steps", type=int, default=700)
-    parser.add_argument("--letters_steps", type=int, default=400)
+    parser.add_argument("--places_steps", type=int, default=600)
+    parser.add_argument("--places_batch_size", type=int, default=48)
+    parser.add_argument("--letters_steps", type=int, default=600)
     parser.add_argument("--letters_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--letters_learning_rate", type=float, default=7e-4)
     parser.add_argument("--muon_learning_rate", type=float, default=0.02, help="of the ViT's matrices, for contrast")
     parser.add_argument("--warmup_steps", type=int, default=50)
     parser.add_argument("--num_proc", type=int, default=2, help="processes that simulate")
@@ -173,9 +172,9 @@ def contrast_loss(model, namer, slices: Slices, rows: np.ndarray, temperature: t
     return place + cross_entropy(namer(image[:, :room]), slices.modality[torch.as_tensor(rows)])
 
 
-class Words:
+class Comparisons:
     """
-    Rows of many small questions, for one kind of them at a time.
+    Rows in which slices are compared.
 
     Args:
         slices ([`Slices`]): What is asked about.
@@ -193,22 +192,18 @@ class Words:
     def answer(self, text: str):
         return self.processor.text_block(text, learned=True)
 
-    def yes_or_no(self, right: bool):
-        return self.answer("yes" if right else "no")
-
     def batch(self, row: Callable, count: int) -> dict[str, torch.Tensor]:
-        """`count` rows: each call of `row` gives its blocks and the slices they show."""
+        """`count` rows, of which each call of `row` gives the blocks and the slices they show."""
         blocks, shown = zip(*(row() for _ in range(count)), strict=True)
         batch = pad_sequences(self.config, [build_sequence(self.config, each) for each in blocks])
-        rows = [number for each in shown for number in each]
-        return batch | (self.slices.pixels(rows) if rows else {})
+        return batch | self.slices.pixels([number for each in shown for number in each])
 
-    def place(self, rng, questions: int):
+    def place(self, rng):
         """A slice, then others of another modality (sometimes of the same): is it the same place?"""
         one, other, place, apart, _ = self.choose(rng)
         blocks, shown = [self.said("1"), self.image], [one + place]
-        for right in rng.random(questions) < 0.5:
-            blocks += [self.image, self.yes_or_no(right)]
+        for right in rng.random(CANDIDATES) < 0.5:
+            blocks += [self.image, self.answer("yes" if right else "no")]
             shown.append(other + (place if right else rng.choice(apart)))
         return blocks, shown
 
@@ -224,41 +219,6 @@ class Words:
         if rng.random() < 0.5:
             apart = sorted(apart, key=lambda wrong: abs(wrong - place))[:8]
         return one, other, place, apart, region
-
-    def name(self, rng, questions: int):
-        """What modality is this?"""
-        blocks, shown = [self.said(MODALITY_QUESTION)], []
-        for _ in range(questions):
-            one, _, count, _, _ = self.slices.pair(rng)
-            shown.append(one + rng.integers(count))
-            blocks += [self.image, self.answer(MODALITY_NAMES[self.slices.name(shown[-1])])]
-        return blocks, shown
-
-    def change(self, rng, questions: int):
-        """Two modalities of a slice, then sentences: does this one say what changes?"""
-        one, other, count, _, region = self.slices.pair(rng)
-        place = rng.integers(count)
-        source, target = self.slices.name(one), self.slices.name(other)
-        home, away = wrong_pairs(source, target, region)
-        blocks = [self.said("1"), self.image, self.said("2"), self.image]
-        for right in rng.random(questions) < 0.5:
-            direction = source, target
-            if not right:
-                wrong = home or away
-                direction = (target, source) if rng.random() < 0.4 else wrong[rng.integers(len(wrong))]
-                direction = direction if rng.random() < 0.5 or direction == (target, source) else direction[::-1]
-            blocks += [self.said(rng.choice(describe(*direction, region))), self.yes_or_no(right)]
-        return blocks, [one + place, other + place]
-
-    def read(self, rng, questions: int):
-        """Sentences alone: from what to what?"""
-        blocks = []
-        for _ in range(questions):
-            direction = rng.permutation(ROUTE_PAIRS[rng.integers(len(ROUTE_PAIRS))])
-            region = rng.choice(["brain", "pelvis", "whole-body"])
-            blocks.append(self.said(rng.choice(describe(*direction, region))))
-            blocks.append(self.answer(" ".join(MODALITY_NAMES[modality] for modality in direction)))
-        return blocks, []
 
     def letter(self, rng, share: float):
         """A question of CTS, cut to at most `share` of its words, from the back."""
@@ -278,33 +238,38 @@ class Words:
             **names, region=region_name(region), letters=f"A to {LETTERS[-1]}", count=len(LETTERS)
         )
         words = question.split()
-        last = len(words) if rng.random() < 0.2 else rng.integers(1, 2 + int(share * len(words)))
+        last = len(words) if rng.random() < 0.2 * (share > 0) else rng.integers(1, 2 + max(1, int(share * len(words))))
         return [*blocks, self.said(" ".join(words[-last:])), self.answer(LETTERS[answer])], shown
 
 
-def train(name: str, losses_of: Callable[[int], Iterator[torch.Tensor]], parameters, args, steps: int, muon_lr, log):
-    """`steps` of one of the trainings, each of which sums up some losses."""
+def train(
+    name: str,
+    loss_of: Callable[[int], torch.Tensor],
+    parameters: list[tuple[str, torch.nn.Parameter]],
+    steps: int,
+    warmup_steps: int,
+    log: list[dict],
+    lr: float,
+    muon_lr: float | None = None,
+):
+    """`steps` of one of the trainings."""
     if muon_lr is None:
-        optimizer = torch.optim.AdamW([p for _, p in parameters], lr=args.learning_rate, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW([p for _, p in parameters], lr=lr, betas=(0.9, 0.98))
     else:
-        optimizer = MuonWithAdamW(parameters, lr=args.learning_rate, muon_lr=muon_lr, betas=(0.9, 0.95))
-    scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, steps)
+        optimizer = MuonWithAdamW(parameters, lr=lr, muon_lr=muon_lr, betas=(0.9, 0.95))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
     progress = tqdm(range(steps), desc=name)
     for step in progress:
-        total = 0.0
-        for loss in losses_of(step):
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"The loss of {name} is {loss.item()} at step {step}: lower the learning rate."
-                )
-            loss.backward()
-            total += loss.item()
+        loss = loss_of(step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss of {name} at step {step} is {loss.item()}: lower --learning_rate.")
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        log.append({"training": name, "step": step + 1, "loss": round(total, 4)})
-        progress.set_postfix(loss=f"{total:.3f}")
+        log.append({"training": name, "step": step + 1, "loss": round(loss.item(), 4)})
+        progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def main(args):
@@ -315,7 +280,7 @@ def main(args):
     model, processor = pipe.model.train(), pipe.processor
     model.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
     slices = Slices("train", args, processor)
-    words = Words(slices, processor, model.config)
+    comparisons = Comparisons(slices, processor, model.config)
     temperature = torch.nn.Parameter(torch.tensor(2.3))  # of CLIP: 1 / 0.1, as a logarithm
     namer = torch.nn.Linear(model.config.text_config.hidden_size // 8, len(MODALITIES))  # not kept
 
@@ -328,35 +293,39 @@ def main(args):
     def contrast(step):
         rows = contrast_rows(slices, args.contrast_volumes, rng(step, 1))
         with autocast():
-            yield contrast_loss(model, namer, slices, rows, temperature)
+            return contrast_loss(model, namer, slices, rows, temperature)
 
-    def small_questions(step):
-        draw = rng(step, 2)
-        for kind, (count, questions, weight) in WORDS.items():
-            batch = words.batch(partial(getattr(words, kind), draw, questions), count)
-            with autocast():
-                yield model(**batch).loss * weight
+    def places(step):
+        batch = comparisons.batch(partial(comparisons.place, rng(step, 2)), args.places_batch_size)
+        with autocast():
+            return model(**batch).loss
 
     def letters(step):
         draw = rng(step, 3)
-        share = min(1.0, 3 * step / args.letters_steps)
-        batch = words.batch(partial(words.letter, draw, share), args.letters_batch_size)
+        # A quarter of the steps with one or two words, then more and more, the last third with all of them.
+        share = min(1.0, max(0.0, 2.4 * (step / args.letters_steps - 0.25)))
+        batch = comparisons.batch(partial(comparisons.letter, draw, share), args.letters_batch_size)
         with autocast():
-            yield model(**batch).loss
+            return model(**batch).loss
 
     eyes, mind = (
         [(name, p) for name, p in model.named_parameters() if part_of(name) == part]
         for part in ("vision", "understanding")
     )
     trainings = {
-        "eyes": (contrast, [*eyes, ("temperature", temperature), *namer.named_parameters()], args.contrast_steps),
+        "eyes": (
+            contrast,
+            [*eyes, ("temperature", temperature), *namer.named_parameters()],
+            args.contrast_steps,
+            {"lr": args.learning_rate, "muon_lr": args.muon_learning_rate},
+        ),
         # What the eyes have learned stays: until comparing works, its gradients would be noise.
-        "words": (small_questions, mind, args.words_steps),
-        "letters": (letters, mind, args.letters_steps),
+        "places": (places, mind, args.places_steps, {"lr": args.learning_rate}),
+        "letters": (letters, mind, args.letters_steps, {"lr": args.letters_learning_rate}),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log_file = args.output_dir / "log.jsonl"
-    for name, (losses_of, parameters, steps) in trainings.items():
+    for name, (loss_of, parameters, steps, rates) in trainings.items():
         done = args.output_dir / f"{name}.safetensors"
         if done.exists():  # of an interrupted run
             model.load_state_dict(load_tensors(done), strict=False)
@@ -365,7 +334,7 @@ def main(args):
         for _, parameter in parameters:
             parameter.requires_grad_(True)
         log: list[dict] = []
-        train(name, losses_of, parameters, args, steps, args.muon_learning_rate if name == "eyes" else None, log)
+        train(name, loss_of, parameters, steps, args.warmup_steps, log, **rates)
         with log_file.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in log)
         unfinished = done.with_suffix(".tmp")
