@@ -9,8 +9,8 @@ Arguments are TRL's (`SFTConfig`, `ModelConfig`, `ScriptArguments`) and those of
 is a YAML file of them. Every sample is some images, a question and its answer; the loss is the cross entropy of the
 answer's tokens.
 
-* The understanding expert, ViT, connector, embeddings and `lm_head` are trained. The generation expert is frozen and
-  its checksum is compared before and after. Always the full model: Stage II goes on from `OUTPUT_DIR/pipeline`.
+* The understanding expert, ViT, connector, embeddings and `lm_head` are trained, with `--freeze_vision` all but ViT and
+  connector. The generation expert is frozen and its checksum is compared before and after. Always the full model: Stage II goes on from `OUTPUT_DIR/pipeline`.
 * With `--use_peft`, LoRA adapters on the understanding expert are all that is trained.
 * `--train_sampling_strategy group_by_length` makes batches of rows of about one length. A picture that occurs several
   times in a batch is encoded once.
@@ -101,6 +101,9 @@ class UnderstandingArguments(ScriptArguments):
             "help": "Train the matrices of the layers with Muon at this rate, such as 0.02, and the rest with AdamW: "
             "for small models from random weights. Needs torch 2.9."
         },
+    )
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "Leave ViT and connector as they are: what they tell apart is easily lost."}
     )
     merge_adapter: bool = field(
         default=False, metadata={"help": "With --use_peft: put the adapter into the weights and save a pipeline."}
@@ -272,8 +275,9 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if "generation" in config.missing_parts and is_main:
         logger.warning("There is no generation expert yet: it stays as random numbers, which Stage II has to train.")
     frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
+    trained_parts = {"understanding"} if script_args.freeze_vision else {"understanding", "vision"}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) != "generation" and not model_args.use_peft)
+        parameter.requires_grad_(part_of(name) in trained_parts and not model_args.use_peft)
     pipe.vae.requires_grad_(False)
     if model_args.use_peft and not model_args.lora_target_modules:
         model_args.lora_target_modules = UNDERSTANDING_EXPERT

@@ -233,6 +233,19 @@ def test_the_generation_expert_stays_and_everything_else_learns(start, trained):
     assert (trained / "pipeline" / vae).read_bytes() == (start / vae).read_bytes()
 
 
+def test_the_eyes_stay_where_that_is_asked_for(start, train, tmp_path):
+    train(tmp_path / "frozen", **BRIEF, freeze_vision=True)
+    before = weights(start)
+    expected = {name for name in before if part_of(name) == "understanding"}
+    assert moved(before, weights(tmp_path / "frozen" / "pipeline")) == expected
+
+
+def test_labels_of_images_are_remembered(trained, train, tmp_path):
+    assert load(trained / "pipeline").model.config.label_images is False
+    train(tmp_path / "labelled", **BRIEF, label_images=True)
+    assert load(tmp_path / "labelled" / "pipeline").model.config.label_images is True
+
+
 def test_the_result_is_a_pipeline_that_answers(trained, scans):
     pipe = load(trained / "pipeline")
     assert pipe.model.config.trained_tasks == ["CTS", "TIA", "MI"]
