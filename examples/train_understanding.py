@@ -10,7 +10,8 @@ is a YAML file of them. Every sample is some images, a question and its answer; 
 answer's tokens.
 
 * The understanding expert, ViT, connector, embeddings and `lm_head` are trained, with `--freeze_vision` all but ViT and
-  connector. The generation expert is frozen and its checksum is compared before and after. Always the full model: Stage II goes on from `OUTPUT_DIR/pipeline`.
+  connector. The generation expert is frozen and its checksum is compared before and after. Always the full model: Stage
+  II goes on from `OUTPUT_DIR/pipeline`.
 * With `--use_peft`, LoRA adapters on the understanding expert are all that is trained.
 * `--train_sampling_strategy group_by_length` makes batches of rows of about one length. A picture that occurs several
   times in a batch is encoded once.
