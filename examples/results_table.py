@@ -1,10 +1,12 @@
 """One table of several evaluations side by side: a line for each route, a column for each run.
 
-    python examples/results_table.py --metric ssim_u8_frame --scale 100 model=runs/tiny/judged copying=runs/tiny/copied
+    python examples/results_table.py model=runs/tiny/evaluation copying=runs/tiny/copying \\
+        --metric ssim_u8_frame:100:1 --metric psnr_u8_frame:1:1 --metric 'mae_[!u]*_frame:1:1'
 
 Each run is a name and the folder that `synermedgen evaluate` wrote; all of them of the same cases under the same
-protocol. `mae_*` takes whichever of the route's figures fits first: HU, SUV and arbitrary units each have their own.
-Below: on how many routes the first run is better than each of the others.
+protocol. A metric is `FIGURE:SCALE:DIGITS`; of the figures that a pattern fits the first is taken, so `mae_[!u]*` is
+the mean absolute error in the route's own unit. A cell holds all metrics in order. Below: on how many routes the first
+run is better than each of the others.
 """
 
 import argparse
@@ -18,45 +20,70 @@ from synermedgen_hf.metrics.report import lower_is_better, markdown_table, read_
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--metric", required=True, help="a figure's name, or a pattern with *")
-    parser.add_argument("--scale", type=float, default=1.0, help="figures are multiplied by it")
-    parser.add_argument("--digits", type=int, default=1)
+    parser.add_argument("runs", nargs="+", type=split_at("=", 2), metavar="NAME=FOLDER")
+    parser.add_argument(
+        "--metric", action="append", type=split_at(":", 3), required=True, metavar="FIGURE:SCALE:DIGITS"
+    )
     return parser.parse_args(argv)
+
+
+def split_at(mark: str, count: int):
+    """A type of arguments: `count` parts."""
+
+    def split(text: str) -> list[str]:
+        parts = text.split(mark)
+        if len(parts) != count or not all(parts):
+            raise argparse.ArgumentTypeError(f"{text!r} has not {count} parts with {mark!r} between them")
+        return parts
+
+    return split
 
 
 def figure_of(record: dict, pattern: str) -> tuple[str, float]:
     """Name and mean of the first figure that the pattern fits."""
     for name, found in record["metrics"].items():
-        if fnmatch.fnmatch(name, pattern) and found["mean"] is not None:
+        if fnmatch.fnmatchcase(name, pattern) and found["mean"] is not None:
             return name, found["mean"]
     raise SystemExit(f"{record['route']} has no figure {pattern}: it has {', '.join(record['metrics'])}.")
 
 
 def main(args):
-    if bad := [run for run in args.runs if "=" not in run]:
-        raise SystemExit(f"{bad[0]} is no NAME=FOLDER.")
-    runs = {name: read_summary(folder)["routes"] for name, folder in (run.split("=", 1) for run in args.runs)}
+    runs = {name: read_summary(folder)["routes"] for name, folder in args.runs}
+    metrics = [(pattern, float(scale), int(digits)) for pattern, scale, digits in args.metric]
     names, first = list(runs), next(iter(runs.values()))
-    lines, values = [], []
-    for route, own in first.items():
-        for name, routes in runs.items():
+    figures: list[set[str]] = [set() for _ in metrics]
+    values = np.empty((len(first), len(runs), len(metrics)))
+    for row, (route, own) in enumerate(first.items()):
+        for column, (name, routes) in enumerate(runs.items()):
             if route not in routes:
                 raise SystemExit(f"{name} has no {route}.")
             check_same_protocol([own, routes[route]])
             if routes[route]["checksum"] != own["checksum"]:
                 raise SystemExit(f"{name} is of other cases of {route} than {names[0]}.")
-        found = [figure_of(routes[route], args.metric) for routes in runs.values()]
-        values.append([args.scale * value for _, value in found])
-        lines.append([route, found[0][0], own["cases"], *(f"{value:.{args.digits}f}" for value in values[-1])])
-    figures = {line[1] for line in lines}
-    if len(figures) == 1:  # a mean over HU and SUV would mean nothing
-        lines.append(["mean", *figures, "", *(f"{value:.{args.digits}f}" for value in np.mean(values, axis=0))])
-    print(markdown_table(["route", "figure", "slices", *names], lines))
-    sign = -1 if lower_is_better(args.metric) else 1
-    for place, name in enumerate(names[1:], 1):
-        better = sum(sign * row[0] > sign * row[place] for row in values)
-        print(f"\n{names[0]} is better than {name} on {better} of {len(values)} routes.")
+            for place, (pattern, scale, _) in enumerate(metrics):
+                figure, value = figure_of(routes[route], pattern)
+                figures[place].add(figure)
+                values[row, column, place] = scale * value
+
+    def cell(own, shown) -> str:
+        parts = zip(own, metrics, shown, strict=True)
+        return " / ".join(f"{value:.{digits}f}" if ok else "-" for value, (*_, digits), ok in parts)
+
+    everything = [True] * len(metrics)
+    lines = [
+        [route, own["cases"], *(cell(one, everything) for one in values[row])]
+        for row, (route, own) in enumerate(first.items())
+    ]
+    # A mean over HU and SUV would mean nothing.
+    lines.append(["mean", "", *(cell(one, [len(each) == 1 for each in figures]) for one in values.mean(axis=0))])
+    print(" / ".join(" or ".join(sorted(each)) for each in figures) + "\n")
+    print(markdown_table(["route", "slices", *names], lines))
+    for place, (pattern, _, _) in enumerate(metrics):
+        own = values[:, :, place] * (-1 if lower_is_better(pattern) else 1)
+        better = [f"{name} on {int((own[:, 0] > own[:, column]).sum())}" for column, name in enumerate(names) if column]
+        if better:
+            figure = " or ".join(sorted(figures[place]))
+            print(f"\nBy {figure}, of {len(first)} routes {names[0]} beats {', '.join(better)}.")
 
 
 if __name__ == "__main__":

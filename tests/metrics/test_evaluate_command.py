@@ -143,17 +143,23 @@ def test_a_table_sets_evaluations_side_by_side(runs, capsys):
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     both = [f"ours={folder / 'model'}", f"copied={folder / 'copy'}"]
-    table.main(table.parse_args([*both, "--metric", "mae_hu_*"]))
+    table.main(table.parse_args([*both, "--metric", "mae_[!u]*_mask:1:1", "--metric", "ssim_hu_mask:100:2"]))
     shown = capsys.readouterr().out
     routes = [read_json(folder / name / "summary.json")["routes"] for name in ("model", "copy")]
-    own, other = (each["brain/CBCT-CT"]["metrics"]["mae_hu_mask"]["mean"] for each in routes)
-    assert f"| brain/CBCT-CT | mae_hu_mask | {routes[0]['brain/CBCT-CT']['cases']} | {own:.1f} | {other:.1f} |" in shown
+    cells = [
+        f"{each['brain/CBCT-CT']['metrics']['mae_hu_mask']['mean']:.1f} / "
+        f"{100 * each['brain/CBCT-CT']['metrics']['ssim_hu_mask']['mean']:.2f}"
+        for each in routes
+    ]
+    assert shown.startswith("mae_hu_mask / ssim_hu_mask\n")
+    assert f"| brain/CBCT-CT | {routes[0]['brain/CBCT-CT']['cases']} | {cells[0]} | {cells[1]} |" in shown
     better = sum(
         routes[0][route]["metrics"]["mae_hu_mask"]["mean"] < routes[1][route]["metrics"]["mae_hu_mask"]["mean"]
         for route in routes[0]
     )
-    assert f"ours is better than copied on {better} of {len(routes[0])} routes." in shown
+    assert f"By mae_hu_mask, of {len(routes[0])} routes ours beats copied on {better}." in shown
     with pytest.raises(SystemExit, match="has no figure ssim_magic"):
-        table.main(table.parse_args([*both, "--metric", "ssim_magic"]))
-    with pytest.raises(SystemExit, match="is no NAME=FOLDER"):
-        table.main(table.parse_args([str(folder), "--metric", "mae_hu_*"]))
+        table.main(table.parse_args([*both, "--metric", "ssim_magic:1:1"]))
+    with pytest.raises(SystemExit):
+        table.parse_args([str(folder), "--metric", "mae_hu_mask:1:1"])
+    assert "has not 2 parts" in capsys.readouterr().err
