@@ -17,6 +17,9 @@ import numpy as np
 from ..image_processing_synermedgen import SynerMedGenImageProcessor
 from ..processing_synermedgen import REGION_NAMES
 from ..volumes.reading import (
+    AXES,
+    BODY_ABOVE,
+    MR_BODY_SHARE,
     Volume,
     extension,
     read_volume,
@@ -29,11 +32,7 @@ from ..volumes.reading import (
 )
 from .routes import MODALITIES
 
-AXES = {"whole-body": "coronal"}  # every other region: axial
-# What lies outside of the patient, and above what a voxel belongs to the patient.
-BACKGROUND = {"CT": -1024.0, "CBCT": -1024.0}
-BODY_ABOVE = {"CT": -500.0, "CBCT": -500.0, "PET": 0.1}
-MR_BODY_SHARE = 0.05  # of the window's high end
+BACKGROUND = {"CT": -1024.0, "CBCT": -1024.0}  # what lies outside of the patient
 # Rules of `load_case`.
 MIN_SHARED_EXTENT = 0.5
 MIN_SHARED_BODY = 0.3

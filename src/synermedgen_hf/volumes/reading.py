@@ -20,6 +20,10 @@ NIFTI = (".nii", ".nii.gz")
 ITK_READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
 ITK = tuple(ITK_READERS)
 EXTENSIONS = NIFTI + ITK
+AXES = {"whole-body": "coronal"}  # of the slices; every other region: axial
+# Above what a voxel belongs to the patient: HU, SUV.
+BODY_ABOVE = {"CT": -500.0, "CBCT": -500.0, "PET": 0.1}
+MR_BODY_SHARE = 0.05  # of the window's high end
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,20 @@ import numpy as np
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from ..data.sources import AXES, BODY_ABOVE, MR_BODY_SHARE
 from ..data.splits import write_whole
 from ..loading_synermedgen import weights_checksum
 from ..processing_synermedgen import MODALITY_NAMES
-from .reading import Volume, extension, read_volume, same_grid, slice_spacing, slices_of
+from .reading import (
+    AXES,
+    BODY_ABOVE,
+    MR_BODY_SHARE,
+    Volume,
+    extension,
+    read_volume,
+    same_grid,
+    slice_spacing,
+    slices_of,
+)
 from .writing import write_volume
 
 MIN_BODY_SHARE = 0.001  # of a slice: a cap of the head has more
