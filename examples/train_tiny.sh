@@ -2,8 +2,6 @@
 # Trains demonstration weights from nothing, both stages, on two CPU cores. `make train-tiny` calls it.
 #
 # Interrupted, it goes on where it stopped: every step keeps its checkpoints in runs/ and resumes from the newest.
-# The bundled weights are older than this recipe: they come from steps 1, 2 and 4 alone, with a ViT of 16-pixel patches
-# and everything trained at once, as the history of this file has it.
 set -euo pipefail
 
 out=src/synermedgen_hf/checkpoints/synermedgen-tiny
@@ -16,15 +14,15 @@ python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init
 test -e runs/tiny-base/model_index.json ||
     python examples/pretrain_tiny.py --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny-base
 
-# 3. Stage I: the understanding expert, on questions; first on CTS alone, then on all three tasks.
-for recipe in understanding_tiny_cts understanding_tiny; do
+# 3. Stage I: the understanding expert, on questions; CTS alone, then all three tasks, then mostly MI.
+for recipe in understanding_tiny_cts understanding_tiny understanding_tiny_mi; do
     python examples/train_understanding.py --config "examples/recipes/$recipe.yaml" --resume_from_checkpoint latest
 done
 
 # 4. Stage II: the generation expert, by flow matching over all 22 routes.
 python examples/train_generation.py \
     --pretrained_model_name_or_path runs/tiny-understanding/pipeline --output_dir runs/tiny \
-    --resume_from_checkpoint latest --train_batch_size 32 --max_train_steps 2000 --lr_warmup_steps 100 \
+    --resume_from_checkpoint latest --train_batch_size 32 --max_train_steps 1500 --lr_warmup_steps 100 \
     --checkpointing_steps 200 --drop_vae 0.15 --drop_vit 0.3 --multi_source 0.05 \
     --sampling_steps 4 --guidance_scale 1.0 --image_guidance_scale 1.0
 
@@ -49,9 +47,9 @@ from synermedgen_hf import SynerMedGenPipeline
 
 pipe = SynerMedGenPipeline.from_pretrained("runs/tiny/pipeline", dtype=torch.bfloat16)
 card = {
-    "training_data": "Slices of 800 simulated patients (brain, pelvis, whole body) of synermedgen_hf.data.phantom in all "
-    "22 routes, 128 pixels, and no real scan. `training/` holds the logs and arguments of both trainings and the "
-    "evaluation; `make train-tiny` in a clone does it all again.",
+    "training_data": "Stage I (CTS, TIA, MI) on questions about 240 simulated patients, Stage II on slices of 800 (brain, "
+    "pelvis, whole body) of synermedgen_hf.data.phantom in all 22 routes, 128 pixels, and no real scan. `training/` "
+    "holds the logs and arguments of the trainings and the evaluations; `make train-tiny` in a clone does it all again.",
     "evaluation": "runs/tiny/evaluation",
 }
 pipe.save_pretrained(sys.argv[1], remote_code=False, card=card)
@@ -61,7 +59,8 @@ cp runs/vae/log.jsonl "$out/training/vae_log.jsonl"
 cp runs/vae/training_args.json "$out/training/vae_args.json"
 cp runs/tiny-base/log.jsonl "$out/training/base_log.jsonl"
 cp runs/tiny-cts/checkpoint-500/trainer_state.json "$out/training/understanding_cts_state.json"
-cp runs/tiny-understanding/checkpoint-650/trainer_state.json "$out/training/understanding_state.json"
+cp runs/tiny-all/checkpoint-650/trainer_state.json "$out/training/understanding_all_state.json"
+cp runs/tiny-understanding/checkpoint-320/trainer_state.json "$out/training/understanding_mi_state.json"
 cp runs/tiny/answers/summary.json "$out/training/understanding.json"
 cp runs/tiny/log.jsonl "$out/training/generation_log.jsonl"
 cp runs/tiny/training_args.json "$out/training/generation_args.json"
