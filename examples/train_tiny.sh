@@ -14,9 +14,10 @@ python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init
 test -e runs/tiny-base/model_index.json ||
     python examples/pretrain_tiny.py --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny-base
 
-# 3. Stage I: the understanding expert, on questions; CTS alone, then all three tasks, then mostly MI.
-for recipe in understanding_tiny_cts understanding_tiny understanding_tiny_mi; do
-    python examples/train_understanding.py --config "examples/recipes/$recipe.yaml" --resume_from_checkpoint latest
+# 3. Stage I: the understanding expert, on questions; CTS alone, then all three tasks, then mostly MI, twice.
+for recipe in tiny_cts tiny tiny_mi tiny_names; do
+    config="examples/recipes/understanding_$recipe.yaml"
+    python examples/train_understanding.py --config "$config" --resume_from_checkpoint latest
 done
 
 # 4. Stage II: the generation expert, by flow matching over all 22 routes.
@@ -60,7 +61,8 @@ cp runs/vae/training_args.json "$out/training/vae_args.json"
 cp runs/tiny-base/log.jsonl "$out/training/base_log.jsonl"
 cp runs/tiny-cts/checkpoint-500/trainer_state.json "$out/training/understanding_cts_state.json"
 cp runs/tiny-all/checkpoint-650/trainer_state.json "$out/training/understanding_all_state.json"
-cp runs/tiny-understanding/checkpoint-320/trainer_state.json "$out/training/understanding_mi_state.json"
+cp runs/tiny-mi/checkpoint-320/trainer_state.json "$out/training/understanding_mi_state.json"
+cp runs/tiny-understanding/checkpoint-260/trainer_state.json "$out/training/understanding_names_state.json"
 cp runs/tiny/answers/summary.json "$out/training/understanding.json"
 cp runs/tiny/log.jsonl "$out/training/generation_log.jsonl"
 cp runs/tiny/training_args.json "$out/training/generation_args.json"

@@ -54,7 +54,7 @@ def test_how_they_were_trained_is_kept_beside_them():
         assert steps == sorted(set(steps)) and steps[-1] == recorded(f"{stage}_args.json")["max_train_steps"]
     base = [json.loads(line) for line in (FOLDER / "training" / "base_log.jsonl").open()]
     assert list(dict.fromkeys(row["training"] for row in base)) == ["eyes", "places", "letters"]
-    for part in ("cts", "all", "mi"):
+    for part in ("cts", "all", "mi", "names"):
         state = recorded(f"understanding_{part}_state.json")
         assert state["global_step"] == state["max_steps"]
         assert any("eval_accuracy/CTS" in row for row in state["log_history"])
