@@ -23,7 +23,7 @@ done
 # 4. Stage II: the generation expert, by flow matching over all 22 routes.
 python examples/train_generation.py \
     --pretrained_model_name_or_path runs/tiny-understanding/pipeline --output_dir runs/tiny \
-    --resume_from_checkpoint latest --train_batch_size 32 --max_train_steps 1500 --lr_warmup_steps 100 \
+    --resume_from_checkpoint latest --train_batch_size 32 --max_train_steps 2000 --lr_warmup_steps 100 \
     --checkpointing_steps 200 --drop_vae 0.15 --drop_vit 0.3 --multi_source 0.05 \
     --sampling_steps 4 --guidance_scale 1.0 --image_guidance_scale 1.0
 

@@ -38,16 +38,17 @@ from PIL import Image
 from viewer import Result, Results, in_plane, layer_of, pair, picture, table
 
 from synermedgen_hf import MODALITIES, SynerMedGenPipeline, checkpoint_path
-from synermedgen_hf.data.sources import AXES, load_case, read_manifest
+from synermedgen_hf.data.sources import load_case, read_manifest
 from synermedgen_hf.data.understanding import TaskSampler
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, REGION_NAMES
-from synermedgen_hf.volumes.reading import resample, same_grid, slices_of
+from synermedgen_hf.volumes.reading import AXES, resample, same_grid, slices_of
 from synermedgen_hf.volumes.synthesis import checksums, synthesize_volume, write_synthesis
 from synermedgen_hf.volumes.uploads import UploadLimits, free_memory, read_upload, unpacked
 from synermedgen_hf.volumes.writing import write_dicom_series
 
 HERE = Path(__file__).parent
+SURE = 0.5  # how likely a modality must be to be taken for granted; below, the visitor is asked
 KEPT_SECONDS = 900  # files of the page: uploads, pictures, downloads
 TASK_NAMES = {"CTS": "which slices belong together", "MI": "naming a modality", "TIA": "describing a change"}
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -225,7 +226,7 @@ class App:
         if probabilities:
             best = max(probabilities, key=probabilities.get)
             lines.append(f"the model sees {MODALITY_NAMES[best]} ({probabilities[best]:.0%} sure)")
-            source = stated or best
+            source = stated or (best if probabilities[best] >= SURE else None)
         elif stated:
             source = stated
         else:
@@ -589,14 +590,20 @@ class App:
                     [], label="Make", info="Say first which modality the scan is.", elem_id="targets"
                 )
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                    steps = gr.Slider(1, 100, sampling["num_inference_steps"], step=1, label="Steps")
+                    steps = gr.Slider(1, 100, sampling["num_inference_steps"], step=1, label="Steps", elem_id="steps")
                     guidance = gr.Slider(1, 10, sampling["guidance_scale"], step=0.1, label="Guidance by the text")
                     image_guidance = gr.Slider(
                         1, 5, sampling["image_guidance_scale"], step=0.1, label="Guidance by the image"
                     )
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
                     samples = gr.Slider(
-                        1, 8, 1, step=1, label="Seeds to average", info="From two on, their spread can be looked at."
+                        1,
+                        8,
+                        1,
+                        step=1,
+                        label="Seeds to average",
+                        info="From two on, their spread can be looked at.",
+                        elem_id="samples",
                     )
                     reference = gr.File(
                         label="Reference, measured in the target's modality", height=90, elem_id="reference"

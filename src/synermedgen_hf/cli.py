@@ -481,11 +481,11 @@ def evaluate_understanding(
     split: Annotated[str, typer.Option(help="Of the patients: train, validation or test.")] = "test",
     difficulty: Annotated[Difficulty, typer.Option(help="Of the candidates of CTS.")] = Difficulty.hard,
     label_images: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--label-images", help="Write before each image what the question calls it, as the bundled weights learned."
+            help="Write before each image what the question calls it, or not; by default as the weights were trained."
         ),
-    ] = False,
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions; a later run with more goes on from them.")
     ] = None,
@@ -515,14 +515,15 @@ def evaluate_understanding(
         from .metrics.understanding import CASES, answer_questions, resume_cases, summarise, understanding_table
 
         scans = {"data_dir": str(data_dir)} if data_dir else {"phantom_cases": phantom_cases}
-        asked = {"seed": seed, "difficulty": difficulty.value, "label_images": label_images}
-        builder = load_dataset_builder("synermed", config.value, **asked, **scans)
-        rows = builder.as_streaming_dataset(split=split)
-
         source = model or checkpoint_path()
         check_folder(source, {"vae": None, "scheduler": None})  # they are not needed here
         parts = ("understanding", "vision")  # nor are the others
         told = AutoConfig.from_pretrained(source, subfolder="model")
+        labels = told.label_images if label_images is None else label_images
+        asked = {"seed": seed, "difficulty": difficulty.value, "label_images": labels}
+        builder = load_dataset_builder("synermed", config.value, **asked, **scans)
+        rows = builder.as_streaming_dataset(split=split)
+
         if missing := [part for part in told.missing_parts if part in parts]:
             raise ValueError(f"{source} came without its {' and '.join(missing)} weights: it cannot answer questions.")
         if told.notice:

@@ -6,11 +6,16 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
+
+from synermedgen_hf import Volume
+from synermedgen_hf.volumes.writing import write_dicom_series
 
 SPACE = Path(__file__).parents[2] / "spaces" / "synermedgen"
 
@@ -56,4 +61,20 @@ def scan(tmp_path):
     affine = np.array([[-4, 0, 0, 80], [0, -4, 0, 90], [0, 0, 12, -30], [0, 0, 0, 1.0]])
     path = tmp_path / "mr.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.where(radius < 1, 700 * texture, 0).astype(np.float32), affine), path)
+    return path
+
+
+@pytest.fixture
+def series(tmp_path):
+    """A DICOM series of a patient with a name, in a zip."""
+    array = np.zeros((30, 34, 4), np.float32)
+    array[5:25, 5:29] = np.random.default_rng(3).uniform(300, 700, (20, 24, 4))
+    folder = write_dicom_series(Volume(array, np.diag([5.0, 5, 8, 1]), "MRI", "a.u."), tmp_path / "series")
+    path = tmp_path / "Doe.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            header = pydicom.dcmread(file)
+            header.PatientName, header.PatientID = "Doe^Jane", "P-4711-XYZ"
+            header.save_as(file)
+            archive.write(file, f"series/{file.name}")
     return path

@@ -7,15 +7,20 @@ Needs Debian's `chromium` and `chromium-driver` (or whatever selenium finds). Sc
 import os
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
+from gradio_client import Client, handle_file
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+
+from synermedgen_hf import read_volume
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -58,6 +63,19 @@ class Page:
 
     def upload(self, selector, path):
         self.one(f"{selector} input[type=file]").send_keys(str(path))
+
+    def fill(self, selector, value):
+        """A number beside a slider."""
+        field = self.one(f"{selector} input[type=number]")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(str(value), Keys.TAB)
+
+    def pick(self, selector, label):
+        """One of several round buttons."""
+        named = f"{selector} label"
+        found = self.wait(lambda: [one for one in self.all(named) if one.text.strip() == label], label)[0]
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+        found.click()
 
     def choose(self, selector, label):
         """An entry of a drop-down."""
@@ -140,6 +158,53 @@ def test_from_the_upload_to_the_volume(visit, scan):
     assert made.get_fdata().min() == -1024 and made.get_fdata()[20, 24, 2] > -1024
     severe = [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [entry for entry in severe if "favicon" not in entry["message"]]
+
+
+def test_the_spread_of_seeds_and_a_derived_series(visit, series, tmp_path):
+    page = visit()
+    page.upload("#scan", series)
+    page.wait(lambda: "DICOM" in page.text(".seen"), "the series to be read")
+    page.choose("#source", "MRI")
+    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
+    page.click("#advanced button.label-wrap")
+    page.fill("#steps", 1)
+    page.fill("#samples", 2)
+    page.click("#start")
+    page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
+    page.pick("#view", "Spread over seeds")
+    page.wait(lambda: "Spread over seeds" in page.text("#values"), "the spread")
+    page.shoot("spread")
+
+    page.pick("#form", "Derived DICOM")
+    link = page.wait(lambda: [one for one in page.all("#files a") if ".zip" in (one.get_attribute("href") or "")])[0]
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", link)
+    link.click()
+    page.wait(lambda: list(page.downloads.glob("*.zip")), "the download")
+    with zipfile.ZipFile(next(page.downloads.glob("*.zip"))) as archive:
+        archive.extractall(tmp_path / "made")
+    files = sorted(path for path in (tmp_path / "made").rglob("*") if path.is_file())
+    headers = [pydicom.dcmread(path) for path in files]
+    assert len(headers) == 4 and all("DERIVED" in header.ImageType for header in headers)
+    assert not any("Doe" in str(header) or "4711" in str(header) for header in headers)
+    made, given = read_volume(files[0].parent), read_volume(tmp_path / "series")
+    assert made.array.shape == given.array.shape and np.allclose(made.affine, given.affine)
+
+
+def test_a_closed_tab_stops_the_work(visit, scan, space):
+    page = visit()
+    page.upload("#scan", scan)
+    page.choose("#source", "MRI")
+    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
+    page.click("#advanced button.label-wrap")
+    page.fill("#steps", 100)
+    page.fill("#samples", 8)
+    page.click("#start")
+    page.wait(lambda: "slice" in page.text("#progress"), "the synthesis to begin")
+    page.driver.close()
+    begin = time.monotonic()  # one after the other: whoever comes next would wait for it
+    quick = {"target": "CT", "source": "MRI", "region": "brain", "steps": 1, "api_name": "/synthesize"}
+    Client(space["address"], verbose=False, download_files=False).predict(scan=handle_file(scan), **quick)
+    assert time.monotonic() - begin < 30
 
 
 def test_an_example_with_its_reference_on_a_phone(visit):
