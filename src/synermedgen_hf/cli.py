@@ -34,10 +34,9 @@ class Difficulty(StrEnum):
     mixed = "mixed"
 
 
-class Baseline(StrEnum):
-    copy = "copy"
-    mapping = "mapping"
-    ceiling = "ceiling"
+class Scanner(StrEnum):
+    usual = "usual"
+    unseen = "unseen"
 
 
 class Level(StrEnum):
@@ -587,10 +586,11 @@ def evaluate(
         str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
     ] = None,
     baseline: Annotated[
-        Baseline | None,
+        str | None,
         typer.Option(
-            help="Instead of the model: the source as it is, a table of intensities fitted on training patients, or "
-            "the true target through the autoencoder."
+            metavar="copy|mapping|ceiling|FOLDER",
+            help="Instead of the model: the source as it is, a table of intensities fitted on training patients, the "
+            "true target through the autoencoder, or a network that examples/train_baseline.py trained.",
         ),
     ] = None,
     routes: Annotated[
@@ -603,6 +603,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Axial slices of a simulated patient; by default the whole region.")
     ] = None,
     phantom_size: Annotated[int, typer.Option(min=32, help="Pixels of a simulated slice's longer side.")] = 128,
+    phantom_scanner: Annotated[
+        Scanner, typer.Option(help="Of simulated patients: usual, or unseen, machines outside of the training's range.")
+    ] = Scanner.usual,
     level: Annotated[Level, typer.Option(help="Judge slices in 2D, or volumes in 3D.")] = Level.slice,
     protocol: Annotated[
         str, typer.Option(help="What is compared, where and on which scale: synthrad2023, synthrad2025, brats, ...")
@@ -635,12 +638,13 @@ def evaluate(
             data_dir=data_dir,
             phantom_cases=phantom_cases,
             model=model,
-            baseline=baseline and baseline.value,
+            baseline=baseline,
             routes=routes or (),
             split=split,
             slice_step=slice_step,
             phantom_slices=phantom_slices,
             phantom_size=phantom_size,
+            phantom_scanner=phantom_scanner.value,
             level=level.value,
             protocol=protocol,
             samples=samples,

@@ -73,7 +73,7 @@ def test_other_data_have_another_fingerprint(rows, encoder):
 
 def test_every_route_comes_equally_often_and_every_pair_once_before_any_again(batches):
     own = batches()
-    routes = own.routes
+    routes = own.order.routes
     samples = [own.draw(number) for number in range(6 * len(routes))]
     assert set(Counter(sample.route for sample in samples).values()) == {6}
     mine = [sample.pair for sample in samples if sample.route.name == "brain/MRI-CT"]

@@ -5,12 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 from transformers import AutoProcessor
 
 from synermedgen_hf import SynerMedGenImageProcessor, checkpoint_path
 from synermedgen_hf.hub import load_vae
-from synermedgen_hf.metrics.baselines import Ceiling, CopySource, IntensityMapping, fit_mapping, route_of, true_target
+from synermedgen_hf.metrics.baselines import (
+    Ceiling,
+    CopySource,
+    IntensityMapping,
+    TrainedNetwork,
+    check_codec,
+    codec_settings,
+    fit_mapping,
+    predict_codes,
+    read_network,
+    route_of,
+    true_target,
+)
 
 WINDOWS = {"CT": (-1024, 3071), "CBCT": (-1024, 3071), "PET": (0, 20), "T1": (0, 640), "T2": (0, 1300), "MRI": (0, 500)}
 
@@ -144,3 +157,91 @@ def test_the_ceiling_is_the_truth_but_for_the_autoencoder(codec, route):
     (made,) = Ceiling(vae, codec)([row], [0])
     wanted = true_target(codec, row)
     assert made.shape == truth.shape and 0 < np.abs(made - wanted).mean() < 0.05 * np.ptp(wanted)
+
+
+def make_unet(routes=2):
+    torch.manual_seed(0)
+    down, up = ["DownBlock2D"] * 2, ["UpBlock2D"] * 2
+    channels = {"in_channels": 4, "out_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4}
+    blocks = {"down_block_types": down, "up_block_types": up, "layers_per_block": 1}
+    return UNet2DModel(**channels, **blocks, num_class_embeds=routes).eval()
+
+
+def scanned(source, route):
+    """A row with the units of its windows."""
+    row = pair(source, source, route)
+    for side in ("source", "target"):
+        unit = {"CT": "HU", "CBCT": "HU", "PET": "SUV"}.get(row[f"{side}_modality"], "a.u.")
+        row[f"{side}_window"] = {"unit": unit, **row[f"{side}_window"]}
+    return row
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A codec of pictures of 32 to 64 pixels."""
+    return SynerMedGenImageProcessor(
+        vae_size={"max_size": 64, "min_size": 32, "stride": 16, "max_pixels": 64**2},
+        vit_size={"max_size": 56, "min_size": 28, "stride": 14, "max_pixels": 56**2},
+    )
+
+
+@pytest.mark.parametrize(
+    ("route", "code", "wanted"),
+    [
+        ("brain/MRI-CT", -1.0, -1024),
+        ("brain/MRI-CT", 0.0, 1023.5),
+        ("brain/MRI-CT", 1.4, 3071),  # no further than the window
+        ("whole-body/CT-PET", 0.5, 15),
+        ("brain/T1-T2", 0.0, 500),  # MR is made on the codec's own scale
+    ],
+)
+def test_a_network_answers_in_the_targets_units_on_the_sources_grid(small, route, code, wanted):
+    unet = make_unet()
+    with torch.no_grad():
+        unet.conv_out.weight.zero_()
+        unet.conv_out.bias.fill_(code)
+    (made,) = TrainedNetwork(unet, small, ["pelvis/MRI-CT", route])([scanned(np.zeros((40, 24)), route)], [0])
+    assert made.shape == (40, 24) and made.dtype == np.float32 and made == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_network_is_asked_as_it_was_trained(small):
+    """With what the codec makes of the source, and the label of the route, whatever the batch."""
+    route, unet = "brain/T1-T2", make_unet()
+    rows = [scanned(one, route) for one in one_each(0, 600, 3)]
+    made = TrainedNetwork(unet, small, ["brain/T2-T1", route])(rows, [0, 0, 0])
+    other = TrainedNetwork(unet, small, [route, "brain/T2-T1"])(rows[:1], [0])
+    for row, one in zip(rows, made, strict=True):
+        inputs = small.preprocess_slice(row["source_image"], "T1", WINDOWS["T1"])
+        with torch.no_grad():
+            codes = predict_codes(unet, inputs.vae_pixels[None, :1], torch.tensor([1]))[0].expand(3, -1, -1)
+        wanted = small.postprocess_slice(codes, small.target_record("T2"), inputs.geometry)
+        assert one == pytest.approx(wanted, abs=0.01) and np.ptp(one) > 1
+    assert np.abs(other[0] - made[0]).max() > 1
+
+
+def test_blocks_of_pixels_are_channels():
+    unet = make_unet()
+    pixels = torch.rand(2, 1, 32, 48) * 2 - 1
+    seen = []
+    unet.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        made = predict_codes(unet, pixels, torch.tensor([0, 1]))
+    assert made.shape == pixels.shape and seen[0].shape == (2, 4, 16, 24)
+    assert seen[0][:, 1].equal(pixels[:, 0, ::2, 1::2])
+
+
+def test_another_codec_is_told_by_what_differs(codec, small):
+    record = {"codec": json.loads(json.dumps(codec_settings(codec)))}
+    check_codec("folder", record, codec)
+    with pytest.raises(ValueError, match="^folder was trained with another codec .*: vae_size .* here .*max_size.: 64"):
+        check_codec("folder", record, small)
+    other = {**codec.intensity, "PET": {**codec.intensity["PET"], "high": 10.0}}
+    with pytest.raises(ValueError, match=r": PET \{.*'high': 20.0.*\}, here \{.*'high': 10.0[^;]*Pass the --model"):
+        check_codec("folder", record, SynerMedGenImageProcessor(intensity=other))
+
+
+def test_a_folder_without_a_network_is_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="no baseline.json, no unet/config.json, no unet/diffusion_pytorch_model"
+    ):
+        read_network(tmp_path)

@@ -116,7 +116,7 @@ def test_another_evaluation_in_the_folder_is_refused(runs, scans):
         ([], 1, "Pass either --data-dir or --phantom-cases"),
         (["--phantom-cases", 1, "--model", "nowhere/at-all/here"], 1, "There is no folder nowhere/at-all/here"),
         (["--phantom-cases", 1, "--routes", "brain/CT-T1"], 1, "brain/CT-T1"),
-        (["--phantom-cases", 1, "--baseline", "magic"], 2, "magic"),
+        (["--phantom-cases", 1, "--baseline", "magic"], 1, "choose one of copy, mapping, ceiling, or a folder"),
         (["--phantom-cases", 1, "--samples", 0], 2, "--samples"),
     ],
 )

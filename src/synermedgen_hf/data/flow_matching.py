@@ -249,6 +249,39 @@ class Sample:
         return generation, len(self.sequence.input_ids) - generation
 
 
+class PairOrder:
+    """
+    Which pair comes next: a function of its number and the seed.
+
+    Args:
+        pool ([`PairPool`]): What is drawn from.
+        seed (`list[int]`): Of the order.
+    """
+
+    def __init__(self, pool: PairPool, seed: list[int]):
+        self.pool, self.seed, self.routes = pool, seed, list(pool.pairs)
+        self.turns = lru_cache(maxsize=4)(self._turns)
+        self.order = lru_cache(maxsize=4 * len(self.routes))(self._order)
+
+    def _turns(self, turn: int) -> np.ndarray:
+        """The order of the routes in one turn."""
+        return np.random.default_rng([*self.seed, 1, turn]).permutation(len(self.routes))
+
+    def _order(self, route: int, epoch: int) -> np.ndarray:
+        """The order of one route's pairs in one pass through them."""
+        pairs = self.pool.pairs[self.routes[route]]
+        return np.random.default_rng([*self.seed, 2, route, epoch]).permutation(len(pairs))
+
+    def __call__(self, number: int) -> tuple[Route, PairedSlice]:
+        """The route and the place of the sample of this number."""
+        turn, place = divmod(number, len(self.routes))
+        choice = int(self.turns(turn)[place])
+        route = self.routes[choice]
+        pairs = self.pool.pairs[route]
+        epoch, turn = divmod(turn, len(pairs))
+        return route, pairs[int(self.order(choice, epoch)[turn])]
+
+
 class PairBatches:
     """
     Batches of a pool.
@@ -285,33 +318,15 @@ class PairBatches:
         self.seed = seed or [0]
         # Batches of a process in a step: more than asked for where that leaves few lengths to sort samples by.
         self.passes = min(max(accumulation, -(-LENGTHS // processes)), batch_size * accumulation)
-        self.routes = list(pool.pairs)
+        self.order = PairOrder(pool, self.seed)
         self.text_block = lru_cache(maxsize=4096)(processor.text_block)
-        self.turns = lru_cache(maxsize=4)(self._turns)
-        self.order = lru_cache(maxsize=4 * len(self.routes))(self._order)
 
     # 1. Which sample ------------------------------------------------------------------------------------------------
 
-    def _random(self, *what: int) -> np.random.Generator:
-        return np.random.default_rng([*self.seed, *what])
-
-    def _turns(self, turn: int) -> np.ndarray:
-        """The order of the routes in one turn."""
-        return self._random(1, turn).permutation(len(self.routes))
-
-    def _order(self, route: int, epoch: int) -> np.ndarray:
-        """The order of one route's pairs in one pass through them."""
-        return self._random(2, route, epoch).permutation(len(self.pool.pairs[self.routes[route]]))
-
     def draw(self, number: int) -> Sample:
         """The sample of this number, a function of it and the seed."""
-        turn, place = divmod(number, len(self.routes))
-        choice = int(self.turns(turn)[place])
-        route = self.routes[choice]
-        pairs = self.pool.pairs[route]
-        epoch, turn = divmod(turn, len(pairs))
-        pair = pairs[int(self.order(choice, epoch)[turn])]
-        rng, dropout = self._random(3, number), self.dropout
+        route, pair = self.order(number)
+        rng, dropout = np.random.default_rng([*self.seed, 3, number]), self.dropout
 
         sources = [route.source]
         if rng.random() < dropout.multi_source:
@@ -517,4 +532,14 @@ class StreamedBatches:
         self._read()
 
 
-__all__ = ["Dropout", "PairBatches", "PairPool", "PairedSlice", "Sample", "StreamedBatches", "padding", "phantom_rows"]
+__all__ = [
+    "Dropout",
+    "PairBatches",
+    "PairOrder",
+    "PairPool",
+    "PairedSlice",
+    "Sample",
+    "StreamedBatches",
+    "padding",
+    "phantom_rows",
+]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from ..image_processing_synermedgen import patchify, resize_shape, square_padding
+from ..image_processing_synermedgen import SliceInputs, patchify, resize_shape, square_padding
 from ..loading_synermedgen import weights_checksum
 from .splits import write_whole
 
@@ -163,6 +163,29 @@ def check_sizes(image_processor):
             )
 
 
+def prepare_slice(image_processor, picture: Image.Image, modality: str, window: dict, case: str) -> SliceInputs:
+    """
+    One slice of a data set as a model reads it.
+
+    Args:
+        image_processor ([`SynerMedGenImageProcessor`]): The codec.
+        picture (`PIL.Image.Image`): The slice in scanner units, or in grey levels.
+        modality (`str`): T1, T1CE, T2, FLAIR, MRI, CT, CBCT or PET.
+        window (`dict`): `unit`, `low` and `high` of its volume.
+        case (`str`): For messages.
+
+    Raises:
+        `ValueError`: It is none that the codec takes; the case is named.
+    """
+    spec = image_processor.intensity.get(modality)
+    # A window of the modality itself is the checkpoint's to choose; MR, and grey levels, bring their own.
+    own = spec is not None and "high" in spec and window["unit"] == spec["unit"]
+    try:
+        return image_processor.preprocess_slice(picture, modality, None if own else (window["low"], window["high"]))
+    except ValueError as error:
+        raise ValueError(f"A {modality} slice of {case} cannot be used: {error}") from error
+
+
 class SliceEncoder:
     """
     Slices to [`EncodedSlice`].
@@ -208,14 +231,8 @@ class SliceEncoder:
     @torch.no_grad()
     def encode(self, stored: StoredSlice, content: bytes) -> EncodedSlice:
         """Encode one slice, whatever the cache holds."""
-        spec = self.image_processor.intensity.get(stored.modality)
-        # A window of the modality itself is the checkpoint's to choose; MR, and grey levels, bring their own.
-        own = spec is not None and "high" in spec and stored.window["unit"] == spec["unit"]
-        window = None if own else (stored.window["low"], stored.window["high"])
-        try:
-            inputs = self.image_processor.preprocess_slice(Image.open(io.BytesIO(content)), stored.modality, window)
-        except ValueError as error:
-            raise ValueError(f"A {stored.modality} slice of {stored.case} cannot be used: {error}") from error
+        picture = Image.open(io.BytesIO(content))
+        inputs = prepare_slice(self.image_processor, picture, stored.modality, stored.window, stored.case)
         half = torch.autocast(self.vae.device.type, torch.bfloat16)
         with half if self.precision == "bf16" else contextlib.nullcontext():
             posterior = self.vae.encode(inputs.vae_pixels[None].to(self.vae.device, self.vae.dtype)).latent_dist
@@ -226,4 +243,12 @@ class SliceEncoder:
         )
 
 
-__all__ = ["EncodedSlice", "LatentCache", "SliceEncoder", "StoredSlice", "check_sizes", "codec_fingerprint"]
+__all__ = [
+    "EncodedSlice",
+    "LatentCache",
+    "SliceEncoder",
+    "StoredSlice",
+    "check_sizes",
+    "codec_fingerprint",
+    "prepare_slice",
+]

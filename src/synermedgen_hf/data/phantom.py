@@ -40,6 +40,7 @@ from synermedgen_hf.data.phantom_anatomy import (
     pelvis_anatomy,
     smooth_noise,
 )
+from synermedgen_hf.data.phantom_scanners import SCANNERS, USUAL, Scanner, relaxation_times
 
 # Raised whenever a change alters the pictures, so that cached cases of another version are not mixed in.
 PHANTOM_VERSION = 2
@@ -86,36 +87,40 @@ class PhantomCase:
 RELAXIVITY = {1.5: (4.1, 5.0), 3.0: (3.7, 5.2)}
 
 
-def mr_signal(sequence: str, field: float, contrast: bool, flip_degrees: float = 11) -> np.ndarray:
+def mr_signal(
+    sequence: str, field: float, contrast: bool, flip_degrees: float = 11, scanner: Scanner = USUAL
+) -> np.ndarray:
     """
     Signal of every tissue under one MR sequence.
 
-    Spin echo T1 (TR 520, TE 11 ms), turbo spin echo T2 (5000, 95), FLAIR (TR 9000, TI 2400, TE 115) and spoiled
+    Spin echo T1 (usually TR 520, TE 11 ms), turbo spin echo T2 (5000, 95), FLAIR (TR 9000, TI 2400, TE 115) and spoiled
     gradient echo (7 / 3.4 ms), by their textbook steady-state equations.
 
     Args:
         sequence (`str`): `"T1"`, `"T2"`, `"FLAIR"` or `"SPGR"`.
-        field (`float`): 1.5 or 3.0 tesla.
-        contrast (`bool`): After gadolinium.
+        field (`float`): Tesla, see [`~synermedgen_hf.data.phantom_scanners.relaxation_times`].
+        contrast (`bool`): After gadolinium; below 1.5 T it acts as at 1.5 T.
         flip_degrees (`float`, defaults to 11): Of the gradient echo; a larger angle parts grey from white further.
+        scanner ([`Scanner`], *optional*): Whose timing it is.
 
     Returns:
         `np.ndarray` of shape `(tissues,)`
     """
     pd = LUT[:, 1]
-    t1, t2 = (LUT[:, 2], LUT[:, 3]) if field == 1.5 else (LUT[:, 4], LUT[:, 5])
+    t1, t2 = relaxation_times(LUT, field)
     if contrast:
-        r1, r2 = RELAXIVITY[field]
+        r1, r2 = RELAXIVITY[max(field, 1.5)]
         t1 = 1000 / (1000 / t1 + r1 * LUT[:, 7])
         t2 = 1000 / (1000 / t2 + r2 * LUT[:, 7])
-    if sequence == "T1":
-        return pd * (1 - np.exp(-520 / t1)) * np.exp(-11 / t2)
-    if sequence == "T2":
-        return pd * (1 - np.exp(-5000 / t1)) * np.exp(-95 / t2)
+    if sequence in ("T1", "T2"):
+        tr, te = scanner.spin_echo if sequence == "T1" else scanner.turbo_spin_echo
+        return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
     if sequence == "FLAIR":
-        return pd * np.abs(1 - 2 * np.exp(-2400 / t1) + np.exp(-9000 / t1)) * np.exp(-115 / t2)
-    e1, angle = np.exp(-7 / t1), np.deg2rad(flip_degrees)
-    return pd * np.sin(angle) * (1 - e1) / (1 - np.cos(angle) * e1) * np.exp(-3.4 / t2)
+        tr, ti, te = scanner.flair
+        return pd * np.abs(1 - 2 * np.exp(-ti / t1) + np.exp(-tr / t1)) * np.exp(-te / t2)
+    tr, te = scanner.gradient_echo
+    e1, angle = np.exp(-tr / t1), np.deg2rad(flip_degrees)
+    return pd * np.sin(angle) * (1 - e1) / (1 - np.cos(angle) * e1) * np.exp(-te / t2)
 
 
 def heart_signal(sequence: str, field: float) -> np.ndarray:
@@ -173,6 +178,7 @@ def scan_mr(
     signal: np.ndarray,
     keep: np.ndarray | None = None,
     bias_nodes: tuple[int, int, int] = (4, 6, 6),
+    scanner: Scanner = USUAL,
 ) -> np.ndarray:
     """
     Point spread, texture, bias field and Rician noise; scale and bias are the volume's, not the slice's.
@@ -184,6 +190,7 @@ def scan_mr(
         keep (`np.ndarray`, *optional*): Coverage in [0, 1] of what is left by skull stripping.
         bias_nodes (`tuple[int, int, int]`, defaults to `(4, 6, 6)`): How often the bias field may bend along slices,
             rows and columns.
+        scanner ([`Scanner`], *optional*): Depth of the bias field, and noise.
 
     Returns:
         `np.ndarray`: float32 of the shape of the tissue, in arbitrary units.
@@ -197,9 +204,9 @@ def scan_mr(
     coarse = smooth_noise(rng, bias_nodes, 1.2)
     zoom = [n / nodes for n, nodes in zip((slices, height, width), bias_nodes, strict=True)]
     bias = ndimage.zoom(coarse, zoom, order=3, grid_mode=True, mode="nearest")
-    image = image * np.exp(rng.uniform(0.03, 0.10) * bias)
+    image = image * np.exp(rng.uniform(*scanner.mr_bias) * bias)
     peak = np.percentile(image, 99)
-    noise = rng.uniform(0.008, 0.02) * peak
+    noise = rng.uniform(*scanner.mr_noise) * peak
     image = np.hypot(image + noise * rng.standard_normal(image.shape), noise * rng.standard_normal(image.shape))
     if keep is not None:
         image = image * (keep > 0.5)
@@ -212,7 +219,11 @@ UNENHANCED = {"liver": 58, "spleen": 50, "kidney": 33, "myocardium": 46}
 
 
 def scan_ct(
-    rng: np.random.Generator, tissue: Tissue | Elsewhere, body: np.ndarray, hu: np.ndarray | None = None
+    rng: np.random.Generator,
+    tissue: Tissue | Elsewhere,
+    body: np.ndarray,
+    hu: np.ndarray | None = None,
+    scanner: Scanner = USUAL,
 ) -> np.ndarray:
     """
     HU with the blur and correlated noise of a diagnostic scanner; everything around the body is -1024.
@@ -222,18 +233,21 @@ def scan_ct(
         tissue ([`Tissue`] or [`Elsewhere`]): The patient.
         body (`np.ndarray`): bool, of the shape of the tissue.
         hu (`np.ndarray`, *optional*): `(tissues,)`; by default portal-venous.
+        scanner ([`Scanner`], *optional*): Blur and noise.
 
     Returns:
         `np.ndarray`: float32 of the same shape.
     """
-    image = ndimage.gaussian_filter(tissue.mix(LUT[:, 0] if hu is None else hu), (0, 0.55, 0.55))
-    image = image + rng.uniform(12, 20) * smooth_noise(rng, image.shape, (0, 0.7, 0.7))
+    image = ndimage.gaussian_filter(tissue.mix(LUT[:, 0] if hu is None else hu), (0, scanner.ct_blur, scanner.ct_blur))
+    image = image + rng.uniform(*scanner.ct_noise) * smooth_noise(rng, image.shape, (0, 0.7, 0.7))
     # One pixel more than the body, so that its blurred edge stays.
     image[~ndimage.binary_dilation(body, np.ones((1, 3, 3), bool))] = -1024
     return np.clip(image, -1024, 3071).astype(np.float32)
 
 
-def scan_cbct(rng: np.random.Generator, ct: np.ndarray, pixel_mm: float, radius_mm: float) -> np.ndarray:
+def scan_cbct(
+    rng: np.random.Generator, ct: np.ndarray, pixel_mm: float, radius_mm: float, scanner: Scanner = USUAL
+) -> np.ndarray:
     """
     CT plus the artefacts of a cone-beam scan: filtered back-projection of (degraded - ideal) parallel projections.
 
@@ -246,6 +260,7 @@ def scan_cbct(rng: np.random.Generator, ct: np.ndarray, pixel_mm: float, radius_
         ct (`np.ndarray`): `(slices, height, width)` in HU.
         pixel_mm (`float`): Of the CT.
         radius_mm (`float`): Of the field of view, outside of which all is -1024.
+        scanner ([`Scanner`], *optional*): Scatter, photons and calibration.
 
     Returns:
         `np.ndarray`: float32 of the same shape, HU as uncalibrated as an onboard imager's.
@@ -256,8 +271,9 @@ def scan_cbct(rng: np.random.Generator, ct: np.ndarray, pixel_mm: float, radius_
     height, width = ct.shape[1:]
     side = max(height, width) // 2
     angles = np.linspace(0, 180, 120, endpoint=False)
-    scatter_share, hardening, photons = rng.uniform(0.3, 0.6), rng.uniform(0.002, 0.004), rng.uniform(2e4, 6e4)
-    gain_spread, shift = rng.uniform(0.001, 0.003), rng.normal(0, 25)
+    scatter_share, hardening = rng.uniform(*scanner.scatter), rng.uniform(0.002, 0.004)
+    photons = rng.uniform(*scanner.photons)
+    gain_spread, shift = rng.uniform(0.001, 0.003), rng.normal(scanner.cone_shift, 25)
 
     def resize(volume, rows, columns):
         zoom = (1, rows / volume.shape[1], columns / volume.shape[2])
@@ -282,7 +298,13 @@ def scan_cbct(rng: np.random.Generator, ct: np.ndarray, pixel_mm: float, radius_
     return np.clip(image, -1024, 3071).astype(np.float32)
 
 
-def scan_pet(rng: np.random.Generator, tissue: Tissue | Elsewhere, pixel_mm: float, between_mm: float) -> np.ndarray:
+def scan_pet(
+    rng: np.random.Generator,
+    tissue: Tissue | Elsewhere,
+    pixel_mm: float,
+    between_mm: float,
+    scanner: Scanner = USUAL,
+) -> np.ndarray:
     """SUV through the resolution and the counting noise of a PET scanner, smoothed again as for reading."""
 
     def blur(image, fwhm_mm):
@@ -293,8 +315,8 @@ def scan_pet(rng: np.random.Generator, tissue: Tissue | Elsewhere, pixel_mm: flo
     # These depend on the patient more than on the tissue: fasting, drinking, the tumour.
     for name, low, high in (("myocardium", 0.8, 9), ("urine", 8, 25), ("nodule", 4, 14)):
         uptake[NAMES.index(name)] = rng.uniform(low, high)
-    image = blur(tissue.mix(uptake), rng.uniform(5, 6.5))
-    counts = rng.uniform(60, 160)
+    image = blur(tissue.mix(uptake), rng.uniform(*scanner.pet_fwhm))
+    counts = rng.uniform(*scanner.pet_counts)
     return blur(rng.poisson(np.maximum(image, 0) * counts) / counts, 4.2).astype(np.float32)
 
 
@@ -451,6 +473,7 @@ def simulate_volume(
     breathing: bool = False,
     mr_sequence: tuple[str, bool] | None = None,
     modalities: tuple[str, ...] | None = None,
+    scanner: str = "usual",
 ) -> PhantomVolume:
     """
     Simulate one examination of one patient, the same for the same arguments.
@@ -477,6 +500,8 @@ def simulate_volume(
         mr_sequence (`tuple[str, bool]`, *optional*): Sequence of SynthRAD's MRI (see [`mr_signal`]) and whether after
             contrast; by default one of [`MR_SEQUENCES`].
         modalities (`tuple[str, ...]`, *optional*): Take only these; they are what they are beside the others.
+        scanner (`str`, defaults to `"usual"`): `"unseen"` takes the same patients with machines outside the range of
+            the training data, for the keys of [`PROTOCOLS`]; see [`~synermedgen_hf.data.phantom_scanners`].
 
     Returns:
         [`PhantomVolume`]: The whole body in coronal slices, everything else in axial ones. The short-axis slices of a
@@ -496,7 +521,9 @@ def simulate_volume(
         raise ValueError(f"misregistration and mr_sequence are options of synthrad volumes, not of {protocol}.")
     if breathing and protocol != "autopet":
         raise ValueError(f"breathing is an option of autopet volumes, not of {protocol}.")
-    stack = VOLUMES[region, protocol]
+    if scanner not in SCANNERS or (scanner != "usual" and (region, protocol) not in PROTOCOLS):
+        raise ValueError(f"There is no scanner {scanner!r} for {region}/{protocol}; scanners: {', '.join(SCANNERS)}.")
+    stack, machine = VOLUMES[region, protocol], SCANNERS[scanner]
     unknown = set(modalities or ()) - set(stack.modalities)
     if unknown:
         raise ValueError(
@@ -508,10 +535,11 @@ def simulate_volume(
         return np.random.default_rng([zlib.crc32(f"{region}/{protocol}/{name}".encode()), seed, visit])
 
     patient, examination = stream("patient"), stream("examination", visit)
-    field = float(examination.choice([1.5, 3.0]))
+    field = float(examination.choice(machine.fields))
     table_mm = np.round([*examination.uniform(-15, 15, 2), examination.uniform(-900, 300)], 1)
 
     width = {"brain": 240, "head-neck": 300, "heart": 340, "whole-body": 506}.get(region, 430)
+    width *= machine.field_of_view
     between = float(between or max(stack.between_pixels * width / size, stack.between_mm))
     most = max(int((stack.high - stack.low) / between), 1)
     slices = min(num_slices or most, most)
@@ -524,13 +552,13 @@ def simulate_volume(
         # Somewhere in the slices, and high enough to be in the cerebrum.
         where = tuple(np.clip((-20, 60), z_mm.min(), z_mm.max()))
         tissue, brain, lesion, pixel = brain_anatomy(
-            patient, z_mm, between, size, tumour, 1.15**visit, where, neck=region == "head-neck"
+            patient, z_mm, between, size, tumour, 1.15**visit, where, neck=region == "head-neck", width_mm=width
         )
         # Air inside the head is within it, hence the filling.
         head = np.stack([ndimage.binary_fill_holes(air < 0.5) for air in tissue.fractions[0]])
         mask = brain > 0.5 if protocol == "brats" else head
     elif region == "pelvis":
-        tissue, mask, pixel = pelvis_anatomy(patient, z_mm, between, size)
+        tissue, mask, pixel = pelvis_anatomy(patient, z_mm, between, size, width)
         lesion = np.zeros_like(mask)
     elif region == "heart":
         tissue, mask, lesion, pixel = heart_anatomy(patient, z_mm, between, size)
@@ -563,21 +591,22 @@ def simulate_volume(
             resample = _rigid(transforms[name], affine)
             seen, body = Elsewhere(tissue, resample), resample(mask.astype(np.float32)) > 0.5
         if name == "CT":
-            images[name] = scan_ct(rng, seen, body, hu)
+            images[name] = scan_ct(rng, seen, body, hu, machine)
         elif name == "CBCT":
             # Heads fit into the field of view of a cone beam; wider patients reach out of it.
             radius = {"brain": 120, "head-neck": rng.uniform(125, 150)}.get(region, rng.uniform(165, 215))
-            images[name] = scan_cbct(rng, scan_ct(rng, seen, body, hu), pixel, radius)
+            ct = scan_ct(rng, seen, body, hu, machine)
+            images[name] = scan_cbct(rng, ct, pixel, radius * machine.cone_width, machine)
         elif name == "PET":
             if breathing:
                 seen = Elsewhere(tissue, partial(_lifted, z_mm=z_mm, between=between, lift_mm=breathing_mm))
-            images[name] = scan_pet(rng, seen, pixel, between)
+            images[name] = scan_pet(rng, seen, pixel, between, machine)
         elif protocol == "myops":
             images[name] = scan_mr(rng, seen, heart_signal(name, field), bias_nodes=bias_nodes)
         else:
             sequence, contrast = mr_sequence or BRATS_SEQUENCES[name]
-            signal = mr_signal(sequence, field, contrast, rng.uniform(10, 18))
-            images[name] = scan_mr(rng, seen, signal, brain if protocol == "brats" else None, bias_nodes)
+            signal = mr_signal(sequence, field, contrast, rng.uniform(*machine.flip_degrees), machine)
+            images[name] = scan_mr(rng, seen, signal, brain if protocol == "brats" else None, bias_nodes, machine)
 
     structures = {name: inside for name, inside in tissue.structures.items() if inside.any()}
     spacing = (between, pixel, pixel)
@@ -592,7 +621,7 @@ def simulate_volume(
         turn = np.array([[0, -1, 0, slices - 1], [-1, 0, 0, rows - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
         affine, spacing = affine @ turn, (pixel, between, pixel)
     return PhantomVolume(
-        case_id=f"phantom-volume-{region}-{protocol}-{seed:05d}-{visit}",
+        case_id=f"phantom-volume-{region}-{protocol}-{seed:05d}-{visit}{'' if scanner == 'usual' else f'-{scanner}'}",
         region=region,
         protocol=protocol,
         images=images,

@@ -186,6 +186,7 @@ def brain_anatomy(
     growth: float = 1.0,
     tumour_z: tuple[float, float] | None = None,
     neck: bool = False,
+    width_mm: float | None = None,
 ) -> tuple[Tissue, np.ndarray, np.ndarray, float]:
     """
     One head in axial slices.
@@ -194,18 +195,19 @@ def brain_anatomy(
         rng (`np.random.Generator`): The subject.
         z_mm (`np.ndarray`): Heights of the slices, mm in MNI space.
         between (`float`): mm from slice to slice.
-        size (`int`): Rows and columns of a field of view of 240 mm (300 mm with the neck).
+        size (`int`): Rows and columns.
         tumour (`bool`): With a tumour: necrotic core, enhancing rim, oedema and mass effect.
         growth (`float`, defaults to 1): Factor of the tumour's radius, to see the same patient later.
         tumour_z (`tuple[float, float]`, *optional*): Heights between which its centre lies, by default those of the
             slices.
         neck (`bool`, defaults to `False`): Draw the face and the neck below the skull as well.
+        width_mm (`float`, *optional*): Field of view, by default 240 mm, and 300 mm with the neck.
 
     Returns:
         `(tissue, brain, lesion, pixel)`: brain coverage in [0, 1], tumour as bool, pixel in mm.
     """
     grey_map, white_map, envelope_map, affine = brain_atlas()
-    pixel, half = (300 if neck else 240) / size, (size - 1) / 2
+    pixel, half = (width_mm or (300 if neck else 240)) / size, (size - 1) / 2
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
     shape = (len(z_mm), size, size)
     # In MNI space x grows to the patient's right, which is shown on the left; the head's middle lies at y = -16.
@@ -464,7 +466,7 @@ PELVIC_MUSCLES = (
 
 
 def pelvis_anatomy(
-    rng: np.random.Generator, z_mm: np.ndarray, between: float, size: int
+    rng: np.random.Generator, z_mm: np.ndarray, between: float, size: int, width_mm: float = 430.0
 ) -> tuple[Tissue, np.ndarray, float]:
     """
     One male pelvis in axial slices.
@@ -473,12 +475,13 @@ def pelvis_anatomy(
         rng (`np.random.Generator`): The subject.
         z_mm (`np.ndarray`): Heights of the slices, mm above the femoral heads.
         between (`float`): mm from slice to slice.
-        size (`int`): Columns of a field of view of 430 mm; there are three quarters as many rows.
+        size (`int`): Columns; there are three quarters as many rows.
+        width_mm (`float`, defaults to 430): Field of view along the rows.
 
     Returns:
         `(tissue, body, pixel)`: the body as bool, pixel in mm.
     """
-    pixel, height = 430 / size, 3 * size // 4
+    pixel, height = width_mm / size, 3 * size // 4
     rows, columns = np.mgrid[0:height, 0:size].astype(np.float32)
     shape = (len(z_mm), height, size)
     build = rng.normal(1, 0.06)

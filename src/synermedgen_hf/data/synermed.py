@@ -24,6 +24,7 @@ from datasets import Features, Image, List, Value
 
 from .pairs import PAIR_FEATURES, is_wanted, pair_rows
 from .phantom import PROTOCOLS, SPLIT_SEEDS, simulate_volume
+from .phantom_scanners import SCANNERS
 from .released import find_released, read_generation_rows, read_understanding_rows, released_shards
 from .sources import (
     MANIFESTS,
@@ -103,6 +104,8 @@ class SynerMedConfig(datasets.BuilderConfig):
             split, or in training, validation and test.
         phantom_slices, phantom_size (`int`): Axial slices per patient (by default the whole region), pixels of the
             longer side.
+        phantom_scanner (`str`, defaults to `"usual"`): Or `"unseen"`: the same simulated patients in machines outside
+            of the usual range.
     """
 
     task: str = "pairs"
@@ -129,6 +132,7 @@ class SynerMedConfig(datasets.BuilderConfig):
     phantom_cases: int | list[int] = 0
     phantom_slices: int | None = None
     phantom_size: int = 128
+    phantom_scanner: str = "usual"
 
     def create_config_id(self, config_kwargs: dict, custom_features=None) -> str:
         """The name of the cache: options, and names, sizes and times of all files."""
@@ -153,6 +157,9 @@ class SynerMedConfig(datasets.BuilderConfig):
             self.phantom_cases = [self.phantom_cases] * len(SPLITS)
         if len(self.phantom_cases) != len(SPLITS) or min(self.phantom_cases) < 0:
             raise ValueError(f"phantom_cases must be one number, or one for each of {', '.join(SPLITS)}.")
+        if self.phantom_scanner not in SCANNERS or (self.phantom_scanner != "usual" and not any(self.phantom_cases)):
+            known = ", ".join(SCANNERS)
+            raise ValueError(f"phantom_scanner is one of {known} for simulated patients, got {self.phantom_scanner!r}.")
         if not 0 <= self.min_share < 1:
             raise ValueError(f"min_share must be within [0, 1), got {self.min_share}.")
         if self.task != "pairs":
@@ -258,12 +265,12 @@ def belonging(path: str) -> list[str]:
     return [path] if os.path.exists(path) else []  # what is not there is said when the case is read
 
 
-def phantom_records(split: str, count: int) -> list[CaseRecord]:
-    """Simulated patients as records: no files, the seed is in the name."""
+def phantom_records(split: str, count: int, scanner: str = "usual") -> list[CaseRecord]:
+    """Simulated patients as records: no files, seed and scanner are in the names."""
     first = SPLIT_SEEDS[split]
     return [
         CaseRecord(
-            dataset=f"phantom-{protocol}",
+            dataset=f"phantom-{protocol}" if scanner == "usual" else f"phantom-{protocol}-{scanner}",
             case_id=f"{region}-{seed}",
             patient_id=f"{region}-{seed}",
             region=region,
@@ -277,8 +284,9 @@ def phantom_records(split: str, count: int) -> list[CaseRecord]:
 
 def load_phantom_case(record: CaseRecord, num_slices: int | None, size: int) -> LoadedCase:
     """A simulated patient in the form of [`load_case`]."""
-    protocol = record.dataset.removeprefix("phantom-")
-    case = simulate_volume(record.region, protocol, int(record.case_id.rsplit("-", 1)[1]), size, num_slices)
+    protocol, _, scanner = record.dataset.removeprefix("phantom-").partition("-")
+    seed = int(record.case_id.rsplit("-", 1)[1])
+    case = simulate_volume(record.region, protocol, seed, size, num_slices, scanner=scanner or "usual")
     usable = np.flatnonzero(case.mask.mean((1, 2)) >= 0.02)
     windows = measure_windows(case.images)
     return LoadedCase(record, case.images, case.mask, case.lesion, case.spacing, windows, usable)
@@ -331,7 +339,8 @@ class SynerMed(datasets.GeneratorBasedBuilder):
             ]
         if any(config.phantom_cases):
             by_split = {
-                split: phantom_records(split, count) for split, count in zip(SPLITS, config.phantom_cases, strict=True)
+                split: phantom_records(split, count, config.phantom_scanner)
+                for split, count in zip(SPLITS, config.phantom_cases, strict=True)
             }
         else:
             assigned = split_patients(config.cases, config.split_ratios, config.split_seed)

@@ -1,17 +1,28 @@
 """What a model must beat, the source as it is and the best that a table of intensities can do; and what it cannot beat.
 
 All answer in the target's units, as the model does. The first two work on the codec's scale, [-1, 1] over the window of
-each volume, and never look at a pixel's neighbours, so whatever a model gains over the second is anatomy.
+each volume, and never look at a pixel's neighbours, so whatever a model gains over the second is anatomy. The networks
+of `examples/train_baseline.py`, a U-Net or a pix2pix, say what the field's usual way makes of the same pairs.
 """
 
+import json
+import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
 
+from ..data.latents import prepare_slice
 from ..data.routes import Route
+from ..image_processing_synermedgen import to_channels
 from .ceiling import vae_ceiling
 
 BINS = 256
+NETWORKS = ("unet", "pix2pix")
+RECORD, WEIGHTS = "baseline.json", "unet/diffusion_pytorch_model.safetensors"
 
 
 def route_of(row: dict) -> str:
@@ -120,6 +131,111 @@ class Ceiling:
         return list(vae_ceiling(self.vae, self.codec, wanted, modality, (record["low"], record["high"]), len(rows)))
 
 
+class TrainedNetwork:
+    """
+    Answers by a network that was trained on pairs: a U-Net, or the generator of a pix2pix.
+
+    Args:
+        unet (`UNet2DModel`): As `examples/train_baseline.py` trains it, in evaluation mode.
+        codec ([`SynerMedGenImageProcessor`]): The one it was trained with.
+        routes (`list[str]`): In the order of its class labels.
+    """
+
+    def __init__(self, unet: UNet2DModel, codec, routes: list[str]):
+        self.unet, self.codec, self.routes = unet, codec, routes
+
+    @torch.no_grad()
+    def __call__(self, rows: list[dict], seeds: list[int]) -> list[np.ndarray]:
+        """Predictions in the target's units, one for each row of one case and route; nothing here is random."""
+        inputs = [
+            prepare_slice(
+                self.codec, row["source_image"], row["source_modality"], row["source_window"], row.get("case_id", "")
+            )
+            for row in rows
+        ]
+        sources = torch.stack([one.vae_pixels[:1] for one in inputs]).to(self.unet.device, self.unet.dtype)
+        labels = torch.tensor([self.routes.index(route_of(row)) for row in rows], device=self.unet.device)
+        made = []
+        for row, one, codes in zip(rows, inputs, predict_codes(self.unet, sources, labels), strict=True):
+            record = self.codec.target_record(row["target_modality"])
+            channels = to_channels(codes[0].float().clamp(-1, 1).cpu().numpy(), record)
+            made.append(self.codec.postprocess_slice(channels, record, one.geometry))
+        return made
+
+
+def predict_codes(unet: UNet2DModel, sources: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    What a network makes of sources on the codec's scale.
+
+    Args:
+        unet (`UNet2DModel`): Takes and gives `patch**2` channels: blocks of pixels, as in Shi et al. 2016
+            (arXiv 1609.05158).
+        sources (`torch.Tensor` of shape `(batch, 1, height, width)`): In [-1, 1].
+        labels (`torch.Tensor` of shape `(batch,)`): Numbers of their routes.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 1, height, width)`: About [-1, 1], not clipped.
+    """
+    patch = math.isqrt(unet.config.in_channels)
+    # A U-Net for diffusion wants a timestep; here it is always the same.
+    made = unet(F.pixel_unshuffle(sources, patch), timestep=0, class_labels=labels).sample
+    return F.pixel_shuffle(made, patch)
+
+
+def codec_settings(codec) -> dict:
+    """All of a codec that decides what a network sees of a slice, as JSON keeps it."""
+    names = ("intensity", "vae_size", "pad_to_square")
+    return json.loads(json.dumps({name: getattr(codec, name) for name in names}))
+
+
+def read_network(folder: str | Path) -> dict:
+    """
+    The record of a trained network, every file in place.
+
+    Args:
+        folder (`str` or `Path`): That `examples/train_baseline.py` wrote.
+
+    Returns:
+        `dict`: `kind`, `routes` in the order of the labels, `codec`, `minutes`, `steps`, `arguments`.
+
+    Raises:
+        `FileNotFoundError`: There is no such folder, or a file is missing.
+        `ValueError`: The record is none of a network.
+    """
+    folder = Path(folder)
+    if absent := [name for name in (RECORD, "unet/config.json", WEIGHTS) if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} holds no trained baseline: there is no {', no '.join(absent)}. examples/train_baseline.py "
+            "writes them when it is done."
+        )
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    wanted = {"kind", "routes", "codec", "minutes", "steps", "arguments"}
+    if not isinstance(record, dict) or not wanted <= record.keys() or record["kind"] not in NETWORKS:
+        raise ValueError(f"{folder / RECORD} is not what examples/train_baseline.py writes: train the baseline again.")
+    labels = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")).get("num_class_embeds")
+    if labels != len(record["routes"]):
+        raise ValueError(f"The network in {folder} knows {labels} routes, its record {len(record['routes'])}.")
+    return record
+
+
+def check_codec(folder: str | Path, record: dict, codec):
+    """Raise a `ValueError` if a network was trained with another codec than this one."""
+    theirs, mine = record["codec"], codec_settings(codec)
+    if theirs == mine:
+        return
+    # Of the windows only those that differ.
+    theirs, mine = ({**one.pop("intensity", {}), **one} for one in (dict(theirs), dict(mine)))
+    differing = [
+        f"{name} {theirs.get(name)}, here {mine.get(name)}"
+        for name in dict.fromkeys([*theirs, *mine])
+        if theirs.get(name) != mine.get(name)
+    ]
+    raise ValueError(
+        f"{folder} was trained with another codec than that of the model: {'; '.join(differing)}. Pass the --model "
+        "that it was trained with."
+    )
+
+
 def fit_mapping(rows: Iterable[dict], codec, routes: Iterable[str]) -> dict[str, dict]:
     """
     One table for each route, over whole frames.
@@ -157,4 +273,18 @@ def fit_mapping(rows: Iterable[dict], codec, routes: Iterable[str]) -> dict[str,
     return tables
 
 
-__all__ = ["Ceiling", "CopySource", "IntensityMapping", "decode", "encode", "fit_mapping", "route_of", "true_target"]
+__all__ = [
+    "Ceiling",
+    "CopySource",
+    "IntensityMapping",
+    "TrainedNetwork",
+    "check_codec",
+    "codec_settings",
+    "decode",
+    "encode",
+    "fit_mapping",
+    "predict_codes",
+    "read_network",
+    "route_of",
+    "true_target",
+]

@@ -26,6 +26,7 @@ import numpy as np
 from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import IterableDataset, load_dataset_builder
 from datasets.utils import logging
+from diffusers import UNet2DModel
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor
@@ -37,7 +38,17 @@ from ..data.synermed import phantom_records
 from ..hub import as_dtype, check_folder, load_vae
 from ..loading_synermedgen import weights_checksum
 from ..pipeline_synermedgen import SynerMedGenPipeline
-from .baselines import Ceiling, CopySource, IntensityMapping, fit_mapping, route_of, true_target
+from .baselines import (
+    Ceiling,
+    CopySource,
+    IntensityMapping,
+    TrainedNetwork,
+    check_codec,
+    fit_mapping,
+    read_network,
+    route_of,
+    true_target,
+)
 from .protocols import evaluate_case
 from .report import draw_strip, keep_pictures, write_report, write_summary
 from .runs import CASES, claim_folder, name_of, read_records
@@ -54,12 +65,13 @@ def evaluate(
     data_dir: str | Path | None = None,
     phantom_cases: int | None = None,
     model: str | Path | None = None,
-    baseline: str | None = None,
+    baseline: str | Path | None = None,
     routes: Iterable[str] = (),
     split: str = "test",
     slice_step: int = 1,
     phantom_slices: int | None = None,
     phantom_size: int = 128,
+    phantom_scanner: str = "usual",
     level: str = "slice",
     protocol: str = "synthrad2023",
     samples: int = 1,
@@ -81,14 +93,15 @@ def evaluate(
         phantom_cases (`int`, *optional*): Instead of scans, so many simulated patients of each protocol.
         model (`str` or `Path`, *optional*): Pipeline; by default the bundled weights. Of a baseline only its processor
             is read, which owns the scale, and of the ceiling its autoencoder.
-        baseline (`str`, *optional*): `"copy"`, `"mapping"` or `"ceiling"` instead of the model, see
-            [`~synermedgen_hf.metrics.baselines`].
+        baseline (`str` or `Path`, *optional*): `"copy"`, `"mapping"`, `"ceiling"`, or a folder that
+            `examples/train_baseline.py` made, instead of the model; see [`~synermedgen_hf.metrics.baselines`].
         routes (`Iterable[str]`): Such as `"MRI-CT"` or `"brain/MRI-CT"`; by default all that the data has and the model
             was trained for.
         split (`str`, defaults to `"test"`): Of the patients.
         slice_step (`int`, defaults to 1): Every so many usable slices.
         phantom_slices, phantom_size (`int`): Axial slices of a simulated patient (by default the whole region), and
             pixels of the longer side.
+        phantom_scanner (`str`, defaults to `"usual"`): Or `"unseen"`, machines outside the range of the training data.
         level (`str`, defaults to `"slice"`): `"slice"` judges each slice in 2D, `"volume"` the slices of a case and
             route put back together, in 3D. There, one seed makes all slices.
         protocol (`str`, defaults to `"synthrad2023"`): See [`~synermedgen_hf.metrics.protocols.evaluate_case`].
@@ -110,8 +123,18 @@ def evaluate(
     """
     if (data_dir is None) == (phantom_cases is None):
         raise ValueError("Pass either --data-dir or --phantom-cases.")
-    if baseline not in (None, *BASELINES) or level not in LEVELS:
-        raise ValueError(f"There is no baseline {baseline!r} at level {level!r}: {BASELINES}, {LEVELS}.")
+    if level not in LEVELS:
+        raise ValueError(f"There is no level {level!r}: choose one of {', '.join(LEVELS)}.")
+    network = folder = None
+    if baseline not in (None, *BASELINES):
+        folder = Path(baseline)
+        if not folder.is_dir():
+            raise ValueError(
+                f"There is no baseline {str(baseline)!r}: choose one of {', '.join(BASELINES)}, or a folder that "
+                "examples/train_baseline.py made."
+            )
+        network = read_network(folder)
+        baseline = network["kind"]
     if min(samples, batch_size) < 1:
         raise ValueError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}.")
     if level == "volume" and slice_step != 1:
@@ -123,16 +146,27 @@ def evaluate(
     source = _model_source(model)
     needless = {None: (), "ceiling": ("model", "scheduler")}.get(baseline, ("model", "scheduler", "vae"))
     check_folder(source, dict.fromkeys(needless))
-    told = AutoConfig.from_pretrained(source, subfolder="model") if baseline is None else None
+    known = network["routes"] if network else []
+    if baseline is None:
+        told = AutoConfig.from_pretrained(source, subfolder="model")
+        known = told.trained_routes
+        if told.missing_parts:
+            raise ValueError(
+                f"The model came without its {' and '.join(told.missing_parts)} weights: it cannot synthesise."
+            )
+    processor = AutoProcessor.from_pretrained(source, subfolder="processor")
+    codec = processor.image_processor
+    if network:
+        check_codec(folder, network, codec)
     options = {"data_dir": str(data_dir)} if data_dir else {"phantom_cases": phantom_cases}
     if phantom_cases:
         options |= {"phantom_slices": phantom_slices, "phantom_size": phantom_size}
+    if phantom_scanner != "usual":
+        options |= {"phantom_scanner": phantom_scanner}
     options |= {"slice_step": slice_step}
     with processes.main_process_first():
-        builder, names = _open_pairs(options, list(routes), told)
+        builder, names = _open_pairs(options, list(routes), known)
     rows = builder.as_streaming_dataset(split=split)
-    processor = AutoProcessor.from_pretrained(source, subfolder="processor")
-    codec = processor.image_processor
     targets = {name.split("-")[-1] for name in names}
     if unknown := sorted(targets - codec.intensity.keys()):
         raise ValueError(f"The processor of {source} has no window for {', '.join(unknown)}.")
@@ -160,6 +194,11 @@ def evaluate(
         arguments |= {"model": str(source), "checksum of the autoencoder": weights_checksum(vae), "dtype": dtype}
     elif baseline == "copy":
         predict = CopySource(codec)
+    elif network:
+        unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=as_dtype(dtype))
+        predict = TrainedNetwork(unet.eval().to(processes.device), codec, network["routes"])
+        arguments |= {"folder": str(folder), "trained": {name: network[name] for name in ("minutes", "steps")}}
+        arguments |= {"checksum of the weights": weights_checksum(unet), "dtype": dtype}
     output = Path(output)
     with processes.main_process_first():
         claim_folder(output, arguments)
@@ -205,12 +244,8 @@ def _model_source(model: str | Path | None) -> str | Path:
     return model or checkpoint_path()
 
 
-def _open_pairs(options: dict, asked: list[str], told) -> tuple[object, list[str]]:
-    """The builder of the pairs, and the routes to evaluate, of which the weights know all."""
-    if told is not None and told.missing_parts:
-        raise ValueError(
-            f"The model came without its {' and '.join(told.missing_parts)} weights: it cannot synthesise."
-        )
+def _open_pairs(options: dict, asked: list[str], known: list[str]) -> tuple[object, list[str]]:
+    """The builder of the pairs, and the routes to evaluate, all of them known to the weights if these say any."""
     builder = load_dataset_builder("synermed", "pairs", routes=asked or None, **options)
     if builder.config.released:
         raise ValueError(
@@ -220,7 +255,6 @@ def _open_pairs(options: dict, asked: list[str], told) -> tuple[object, list[str
     names = _routes_of(builder.config)
     if not names:
         raise ValueError(f"No case has one of the routes {', '.join(asked)}.")
-    known = told.trained_routes if told is not None else []
     untrained = [name for name in names if known and name not in known]
     if untrained and (asked or len(untrained) == len(names)):
         raise ValueError(
