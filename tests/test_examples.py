@@ -124,18 +124,8 @@ def test_training_moves_the_generation_expert(trained, start):
 
 
 def test_a_base_learns_to_see_and_to_answer_and_goes_on_where_it_stopped(work, start):
-    sizes = [
-        "--train_cases",
-        1,
-        "--contrast_steps",
-        2,
-        "--contrast_volumes",
-        2,
-        "--places_steps",
-        1,
-        "--places_batch_size",
-        2,
-    ]
+    sizes = ["--train_cases", 1, "--contrast_steps", 2, "--contrast_volumes", 2]
+    sizes += ["--places_steps", 2, "--places_batch_size", 2]  # the first step has no learning rate yet
     sizes += ["--letters_steps", 1, "--letters_batch_size", 2, "--num_proc", 1, "--cache_dir", work / "phantom"]
     common = ["--pretrained_model_name_or_path", start, *sizes, "--output_dir"]
 
