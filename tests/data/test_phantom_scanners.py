@@ -1,9 +1,13 @@
 """Scanners outside of the training's range: outside they are, the patients stay, and so do the usual pictures."""
 
+import json
+
 import numpy as np
 import pytest
 from datasets import load_dataset
+from typer.testing import CliRunner
 
+from synermedgen_hf import cli
 from synermedgen_hf.data.phantom import PROTOCOLS, mr_signal, simulate_volume
 from synermedgen_hf.data.phantom_anatomy import LUT, NAMES
 from synermedgen_hf.data.phantom_scanners import SCANNERS, USUAL, relaxation_times
@@ -111,6 +115,19 @@ def test_a_data_set_of_them_is_told_from_the_usual_one():
     assert rows["usual"]["patient_id"] == rows["unseen"]["patient_id"]
     assert not np.array_equal(*(np.asarray(rows[name]["source_image"]) for name in SCANNERS))
     assert [record.dataset for record in phantom_records("test", 1)][0] == "phantom-synthrad"
+
+
+def test_they_are_evaluated_and_never_beside_the_usual_ones(tmp_path):
+    size = ["--phantom-slices", "20", "--phantom-size", "32", "--slice-step", "8", "--routes", "CT-PET"]
+    for name in SCANNERS:
+        asked = ["--phantom-cases", "1", "--phantom-scanner", name, *size, "--baseline", "copy"]
+        done = CliRunner().invoke(cli.app, ["evaluate", "--output", str(tmp_path / name), *asked])
+        assert done.exit_code == 0, done.stderr
+    arguments = [json.loads((tmp_path / name / "arguments.json").read_text()) for name in SCANNERS]
+    # What an evaluation remembers of the usual ones is what it was.
+    assert "phantom_scanner" not in arguments[0] and arguments[1]["phantom_scanner"] == "unseen"
+    mixed = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "usual"), str(tmp_path / "unseen")])
+    assert mixed.exit_code == 1 and "lacks" in mixed.stderr
 
 
 def test_unknown_scanners_are_refused():

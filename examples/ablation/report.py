@@ -1,0 +1,410 @@
+"""What an ablation found, in tables, curves and words: `report.md` and `curves.png`.
+
+    python examples/ablation/report.py runs/ablation
+
+* A figure is the mean over routes of the mean over patients of the mean over slices, its spread the standard deviation
+  over seeds. Figures carry the protocol of the evaluations and are never mixed with the paper's.
+* A verdict comes from differences of two arms on the same patients under the same seed. It has to hold for other
+  patients: the 95 % interval over patients leaves out zero, and the paired test holds after correction for all
+  comparisons of a table (Benjamini and Hochberg). And for other trainings: so does Student's interval over seeds.
+  Otherwise it is undecided, and said to be; a single seed decides nothing.
+* What has not been run yet is left out; comparisons use the seeds that both arms have.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import false_discovery_control, t
+
+from synermedgen_hf.data.splits import write_whole
+from synermedgen_hf.metrics.comparison import read_cases
+from synermedgen_hf.metrics.protocols import check_same_protocol
+from synermedgen_hf.metrics.report import markdown_table
+from synermedgen_hf.metrics.runs import CASES
+from synermedgen_hf.metrics.statistics import interval_of_mean, paired_p_value
+
+REPORT, CURVES, CONFIG = "report.md", "curves.png", "config.json"
+SEEDS_WANTED = 3
+NAMES = {
+    "none": "nothing",
+    "vqa": "ordinary questions (vqa)",
+    "all": "CTS + MI + TIA",
+    "no-cts": "MI + TIA, without CTS",
+    "no-mi": "CTS + TIA, without MI",
+    "no-tia": "CTS + MI, without TIA",
+    "random": "CTS + MI + TIA, random CTS negatives",
+}
+# By the target: figures of one group share a unit.
+GROUPS = {"to CT and CBCT": ("CT", "CBCT"), "to PET": ("PET",), "to MR": ("MRI", "T1", "T1CE", "T2", "FLAIR")}
+UNITS = {"to CT and CBCT": "HU", "to PET": "SUV", "to MR": "a.u."}
+METRICS = ("ssim", "psnr", "mae")
+
+# Zhao, Dong and Chen, SynerMedGen, ICML 2026 (arXiv 2605.08724), read off its project page and figures. Of the
+# ablation of the three tasks and of the negatives, no figure is public.
+PAPER = (
+    ("CTS / MI / TIA answered rightly, %", "26.0 / 35.3 / 47.7", "83.2 / 84.5 / 90.1"),
+    ("zero-shot, Stage I alone, mean SSIM x100 of 22 routes", "39.4", "74.9"),
+)
+PAPER_UNSEEN = "Unseen data (SynthRAD2025, 8 routes), full against Stage II alone: SSIM x100 +7.15, MAE -2.68."
+
+Cells = dict[tuple[str, str], float]  # (route, patient) to the mean over slices
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`first` is claimed to be better than `second`."""
+
+    first: str
+    second: str
+
+
+STAGE_TWO = tuple(Comparison("all", other) for other in ("none", "vqa", "no-cts", "no-mi", "no-tia", "random"))
+ZERO_SHOT = (Comparison("all", "none"), Comparison("vqa", "none"), Comparison("all", "vqa"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_cells(folder: Path) -> dict[str, Cells]:
+    """
+    A finished evaluation as means over slices.
+
+    Args:
+        folder (`Path`): What `synermedgen evaluate` wrote.
+
+    Returns:
+        `dict[str, Cells]`: For `"ssim"`, `"psnr"` and `"mae"`, the first figure of the protocol that begins so.
+    """
+    sums: dict[str, dict[tuple[str, str], list[float]]] = {metric: {} for metric in METRICS}
+    stamps: dict[str, dict] = {}
+    for record in read_cases(folder):
+        check_same_protocol([stamps.setdefault(record["route"], record), record])
+        for metric in METRICS:
+            name = next(name for name in record["metrics"] if name.startswith(f"{metric}_"))
+            if (value := record["metrics"][name]) is not None:
+                sums[metric].setdefault((record["route"], record["patient"]), []).append(value)
+    return {metric: {cell: statistics.fmean(values) for cell, values in own.items()} for metric, own in sums.items()}
+
+
+def read_runs(output: Path, config: dict, folder: str) -> dict[str, dict[int, dict[str, Cells]]]:
+    """Arm to seed to figures, of the evaluations called `folder` that are done. Zero-shot `none` has no seed."""
+    runs: dict[str, dict[int, dict[str, Cells]]] = {}
+    for arm in config["arms"]:
+        for seed in config["seeds"]:
+            place = output / f"seed{seed}" / arm / folder
+            if arm == "none" and folder.startswith("zero-"):
+                place = output / "base" / folder
+            if (place / CASES).exists():
+                runs.setdefault(arm, {})[seed] = read_cells(place)
+    return runs
+
+
+def read_answers(output: Path, arm: str, seed: int) -> dict[str, dict]:
+    """Task to its figures, of what an arm answers before Stage II, which does not change it."""
+    place = output / "base" / "answers" if arm == "none" else output / f"seed{seed}" / arm / "answers"
+    file = place / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.exists() else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mean_of(cells: Cells, targets: Iterable[str] | None = None) -> float | None:
+    """Mean over routes of the mean over patients, of the routes to these targets."""
+    routes: dict[str, list[float]] = {}
+    for (route, _), value in cells.items():
+        if targets is None or route.rsplit("-", 1)[1] in targets:
+            routes.setdefault(route, []).append(value)
+    return statistics.fmean(map(statistics.fmean, routes.values())) if routes else None
+
+
+def with_spread(values: list[float | None], scale: float = 1, digits: int = 2) -> str:
+    """Mean over seeds and, where there are several, their standard deviation."""
+    values = [scale * value for value in values if value is not None]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def overview(output: Path, config: dict, runs, copied: dict[str, Cells] | None) -> str:
+    """Arms against understanding, and against the figures of each group of routes."""
+    columns = ["Stage I", "seeds", "CTS %", "MI %", "TIA %", "SSIM x100, all routes", "PSNR, all routes"]
+    columns += [f"{name} {group}" for group in GROUPS for name in ("SSIM x100", "PSNR", f"MAE ({UNITS[group]})")]
+
+    def figures(several: list[dict[str, Cells]]) -> list[str]:
+        made = []
+        for targets in (None, *GROUPS.values()):
+            for metric in METRICS if targets else METRICS[:2]:
+                scale = 100 if metric == "ssim" else 1
+                digits = 3 if targets == GROUPS["to PET"] and metric == "mae" else 2
+                made.append(with_spread([mean_of(own[metric], targets) for own in several], scale, digits))
+        return made
+
+    lines = []
+    for arm, seeds in runs.items():
+        answers = [read_answers(output, arm, seed) for seed in seeds]
+        asked = []
+        for task in ("CTS", "MI", "TIA"):
+            found = [own[task]["likelihood"]["accuracy"] for own in answers if task in own]
+            asked.append(with_spread(found[:1] if arm == "none" else found, 100, 1))
+        lines.append([NAMES[arm], len(seeds), *asked, *figures(list(seeds.values()))])
+    if copied is not None:
+        lines.append(["(the source, copied)", "", "", "", "", *figures([copied])])
+    return markdown_table(columns, lines)
+
+
+def by_route(runs) -> str:
+    """SSIM of every route and arm."""
+    routes = dict.fromkeys(route for seeds in runs.values() for own in seeds.values() for route, _ in own["ssim"])
+
+    def of(own: dict[str, Cells], route: str) -> float | None:
+        values = [value for (name, _), value in own["ssim"].items() if name == route]
+        return statistics.fmean(values) if values else None
+
+    lines = [
+        [route, *(with_spread([of(own, route) for own in seeds.values()], 100) for seeds in runs.values())]
+        for route in routes
+    ]
+    return markdown_table(["route, SSIM x100", *(NAMES[arm] for arm in runs)], lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def difference(first: dict[int, Cells], second: dict[int, Cells]) -> dict:
+    """
+    Two arms on the same patients under the same seeds.
+
+    Args:
+        first, second (`dict[int, Cells]`): Seed to the figures.
+
+    Returns:
+        `dict`: `difference` (first minus second, mean over seeds, routes and patients), its `interval` over patients,
+        `p` of the paired test over patients, `patients`, `by_seed`, the difference under each seed, and
+        `seed_interval`, Student's 95 % interval of their mean (`None` for one seed).
+
+    Raises:
+        `ValueError`: A seed was evaluated on other cases in one of the two.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    cells = sorted(first[seeds[0]])
+    for seed in seeds:
+        if first[seed].keys() != second[seed].keys() or sorted(first[seed]) != cells:
+            raise ValueError(f"Seed {seed} was not evaluated on the same cases in both: evaluate them alike.")
+    table = np.array([[first[seed][cell] - second[seed][cell] for cell in cells] for seed in seeds])
+    patients, number = np.unique([patient for _, patient in cells], return_inverse=True)
+    sums, counts = np.bincount(number, weights=table.mean(0)), np.bincount(number)
+    by_seed, seed_interval = table.mean(1), None
+    if len(seeds) > 1:
+        half = t.ppf(0.975, len(seeds) - 1) * by_seed.std(ddof=1) / len(seeds) ** 0.5
+        seed_interval = [float(by_seed.mean() - half), float(by_seed.mean() + half)]
+    return {
+        "difference": float(table.mean()),
+        "interval": interval_of_mean(sums, counts),
+        "p": paired_p_value(sums / counts),
+        "q": None,
+        "patients": len(patients),
+        "by_seed": dict(zip(seeds, by_seed.tolist(), strict=True)),
+        "seed_interval": seed_interval,
+    }
+
+
+def compare_arms(runs, comparisons: Iterable[Comparison], metric: str = "ssim") -> dict[Comparison, dict]:
+    """[`difference`] of all comparisons that have been run, with `q`: `p` corrected for all of them."""
+    found = {}
+    for pair in comparisons:
+        first, second = (
+            {seed: own[metric] for seed, own in runs.get(arm, {}).items()} for arm in (pair.first, pair.second)
+        )
+        if first.keys() & second.keys():
+            found[pair] = difference(first, second)
+    tested = [own for own in found.values() if own["p"] is not None]
+    corrected = false_discovery_control([own["p"] for own in tested]) if tested else []
+    for own, q in zip(tested, corrected, strict=True):
+        own["q"] = float(q)
+    return found
+
+
+def judge(found: dict) -> str:
+    """`"better"`, `"worse"` or `"undecided"`, by the rule at the head of this file."""
+    intervals = [found["interval"], found["seed_interval"]]
+    if None in intervals or found["q"] is None or found["q"] >= 0.05:
+        return "undecided"
+    if all(low > 0 for low, _ in intervals):
+        return "better"
+    return "worse" if all(high < 0 for _, high in intervals) else "undecided"
+
+
+def in_words(found: dict[Comparison, dict], names: dict[str, str] = NAMES) -> str:
+    """A sentence for each comparison and one for all; higher SSIM counts as better."""
+    if not found:
+        return "No two arms have been run that could be compared."
+    said, counts = [], {"better": 0, "worse": 0, "undecided": 0}
+    for pair, own in found.items():
+        verdict = judge(own)
+        counts[verdict] += 1
+        words = {
+            "better": f"better, by {100 * own['difference']:.2f}: the claim holds here",
+            "worse": f"worse, by {-100 * own['difference']:.2f}: here the opposite of the claim holds",
+            "undecided": f"no difference that can be told from chance ({100 * own['difference']:+.2f})",
+        }[verdict]
+        patients, seeds = (
+            " to ".join(f"{100 * end:+.2f}" for end in own[name]) if own[name] else "none"
+            for name in ("interval", "seed_interval")
+        )
+        each = ", ".join(f"{100 * value:+.2f}" for value in own["by_seed"].values())
+        test = "" if own["q"] is None else f"; q = {own['q']:.2g}"
+        said.append(
+            f"- **{names[pair.first]}** against {names[pair.second]}, SSIM x100: {words}. 95 % interval over "
+            f"{own['patients']} patients: {patients}{test}; over seeds: {seeds} ({each})."
+        )
+    few = min(len(own["by_seed"]) for own in found.values())
+    caution = f" With {few} of {SEEDS_WANTED} seeds, this is a first look and no result." if few < SEEDS_WANTED else ""
+    whole = (
+        f"Of {len(found)} comparisons, the claim holds in {counts['better']}, its opposite in {counts['worse']}, and "
+        f"{counts['undecided']} are undecided.{caution}"
+    )
+    return "\n".join([*said, "", whole])
+
+
+def what_was_learned(output: Path, config: dict) -> str:
+    """Whether Stage I taught its tasks at all: without that, Stage II says nothing of the claim."""
+    said = []
+    for task, arms in (("CTS", ("all", "no-mi", "no-tia", "random")), ("MI", ("all",)), ("TIA", ("all",))):
+        for arm in arms:
+            answers = [read_answers(output, arm, seed) for seed in config["seeds"] if arm in config["arms"]]
+            found = [own[task] for own in answers if task in own]
+            if not found:
+                continue
+            answered = [own["likelihood"] for own in found]
+            above = [own["interval"] and own["interval"][0] > found[0]["chance"] for own in answered]
+            share = with_spread([own["accuracy"] for own in answered], 100, 1)
+            chance = f"{100 * found[0]['chance']:.0f} %"
+            verdict = "learned" if all(above) else "not shown to be learned: what follows says little of this task"
+            said.append(f"- {task} by {NAMES[arm]}: {share} % right, chance {chance}: {verdict}.")
+    return "\n".join(said) or "Not asked yet."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_curves(output: Path, config: dict) -> dict[str, dict[str, dict[int, tuple[list, list]]]]:
+    """Panel to arm to seed to steps and values."""
+    panels: dict[str, dict[str, dict[int, tuple[list, list]]]] = {}
+
+    def keep(panel: str, arm: str, seed: int, points: list[tuple[int, float]]):
+        if points:
+            panels.setdefault(panel, {}).setdefault(arm, {})[seed] = tuple(map(list, zip(*points, strict=True)))
+
+    for seed in config["seeds"]:
+        for arm in config["arms"]:
+            here, log = output / f"seed{seed}" / arm, output / f"seed{seed}" / arm / "stage2" / "log.jsonl"
+            points, before = [], 0
+            for number in range(len(config["Stage I"])):
+                state = here / f"stage1-{number + 1}" / "trainer_state.json"
+                if not state.exists():
+                    break
+                state = json.loads(state.read_text(encoding="utf-8"))
+                name = "eval_accuracy/CTS"
+                points += [(before + row["step"], row[name]) for row in state["log_history"] if name in row]
+                before += state["global_step"]
+            keep("Stage I: CTS on held-out patients, %", arm, seed, points)
+            if log.exists():
+                rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+                points = [(row["step"], row["loss_mse"]) for row in rows if "loss_mse" in row]
+                keep("Stage II: training loss", arm, seed, points)
+                held = [(r["step"], [v for k, v in r.items() if k.startswith("validation/loss_mse/")]) for r in rows]
+                points = [(step, statistics.fmean(values)) for step, values in held if values]
+                keep("Stage II: loss on held-out patients", arm, seed, points)
+    return panels
+
+
+def draw_curves(panels, file: Path):
+    """A panel each: the mean over seeds, and a band from the lowest to the highest."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("Curves need matplotlib: pip install 'synermedgen-hf[phantom]'.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    for place, (title, arms) in zip(axes[0], panels.items(), strict=True):
+        for number, (arm, seeds) in enumerate(arms.items()):
+            steps = sorted(set.intersection(*(set(xs) for xs, _ in seeds.values())))
+            values = np.array([[dict(zip(xs, ys, strict=True))[step] for step in steps] for xs, ys in seeds.values()])
+            place.plot(steps, values.mean(0), color=f"C{number}", label=NAMES[arm], linewidth=1.2)
+            place.fill_between(steps, values.min(0), values.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
+        place.set_title(title, fontsize=10)
+        place.set_xlabel("step")
+        place.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def write_report(output: Path) -> str:
+    """
+    Write `report.md` and `curves.png` from what has been run so far.
+
+    Args:
+        output (`Path`): Folder of the ablation.
+
+    Returns:
+        `str`: The Markdown.
+    """
+    config = json.loads((output / CONFIG).read_text(encoding="utf-8"))
+    settings = config["settings"]
+    parts = [
+        "Toy weights, simulated patients: these figures say what happens at this size, not at the paper's. "
+        f"Protocol of all evaluations: `{settings['protocol']}`, slices; {settings['test_cases']} held-out patients of "
+        "each kind. Mean ± standard deviation over seeds.",
+        "### What Stage I taught",
+        what_was_learned(output, config),
+    ]
+    for scanner, title in (("usual", "Held-out patients, usual scanners"), ("unseen", "Unseen scanners")):
+        if not (runs := read_runs(output, config, scanner)):
+            continue
+        copied = output / "copy" / scanner
+        copied = read_cells(copied) if (copied / CASES).exists() else None
+        found = compare_arms(runs, STAGE_TWO)
+        parts += [f"### {title}: Stage II after ...", overview(output, config, runs, copied)]
+        parts += ["#### Verdict", in_words(found), "#### By route", by_route(runs)]
+    for scanner in ("usual", "unseen"):
+        if runs := read_runs(output, config, f"zero-{scanner}"):
+            names = NAMES | {"none": "the base itself"}
+            parts += [f"### Without Stage II (zero-shot), {scanner} scanners", overview(output, config, runs, None)]
+            parts += ["#### Verdict", in_words(compare_arms(runs, ZERO_SHOT), names), "#### By route", by_route(runs)]
+    if panels := read_curves(output, config):
+        draw_curves(panels, output / CURVES)
+        parts += ["### Learning curves", f"![Mean over seeds, and the band of all of them]({CURVES})"]
+    parts += [
+        "### The paper's own figures",
+        "Published for other weights, data and a protocol that is not public; not comparable with anything above. Of "
+        "its ablation of tasks and negatives, no figure is public.",
+        markdown_table(["", "after ordinary questions", "after CTS + MI + TIA"], [list(row) for row in PAPER]),
+        PAPER_UNSEEN,
+    ]
+    text = "\n\n".join(parts) + "\n"
+    write_whole(output / REPORT, text)
+    return text
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", type=Path, help="folder that run.py wrote")
+    print(write_report(parser.parse_args().output_dir))

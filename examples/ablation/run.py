@@ -1,0 +1,326 @@
+"""The paper's claim put to the test at toy size: what does Stage I add to Stage II, and which of its tasks adds it?
+
+    python examples/ablation/run.py --base runs/tiny-base --output_dir runs/ablation
+
+One command trains and evaluates everything, step by step, each step a process of the ordinary scripts and commands:
+
+    base ──> Stage I of an arm ──┬──> Stage II ──> evaluation on usual and on unseen scanners
+                                 ├──> evaluation of the understanding tasks
+                                 └──> generation expert of a base that knows general edits ──> evaluation (zero-shot)
+
+* The arms of a seed share data, steps, batch and seed; they differ in the questions of Stage I and in nothing else. The
+  spread over seeds is that of both trainings; the base is one.
+* A step works in `NAME.unfinished`, which becomes `NAME` when it is done. So what was interrupted goes on: finished
+  steps are skipped, and the step that was cut off continues by its own means. Checkpoints of finished trainings go.
+* `config.json` holds every setting, both recipes and the command of every step. A folder that holds another ablation is
+  refused; seeds and arms may be added.
+* `report.md` and `curves.png` are written after each evaluation, see `report.py`.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import report
+import yaml
+from tqdm.auto import tqdm
+
+from synermedgen_hf.data.routes import ROUTES
+from synermedgen_hf.data.splits import write_whole
+from synermedgen_hf.data.understanding import DEFAULT_MIX
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent
+TASKS = ("CTS", "TIA", "MI")
+# Arm to the tasks of its Stage I, and the wrong candidates of CTS where they are not the recipe's.
+ARMS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "none": ((), None),
+    "vqa": (("VQA",), None),
+    "all": (TASKS, None),
+    "no-cts": (("TIA", "MI"), None),
+    "no-mi": (("CTS", "TIA"), None),
+    "no-tia": (("CTS", "MI"), None),
+    "random": (TASKS, "random"),
+}
+ZERO_SHOT = ("none", "vqa", "all")  # arms that are asked to synthesise without Stage II, too
+SCANNERS = ("usual", "unseen")
+STAGE1 = [EXAMPLES / "recipes" / f"understanding_{name}.yaml" for name in ("tiny_cts", "tiny", "tiny_mi", "tiny_names")]
+TIMINGS, CONFIG = "timings.jsonl", "config.json"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", type=Path, required=True, help="pipeline that all arms start from, of examples/pretrain_tiny.py")
+    add("--output_dir", type=Path, required=True)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--no_zero_shot", action="store_true", help="leave out the base of general edits and what follows from it")
+    add("--stage1_recipes", type=Path, nargs="+", default=STAGE1, help="one after the other, as in train_tiny.sh")
+    add("--stage2_recipe", type=Path, default=EXAMPLES / "recipes" / "generation_tiny.yaml")
+    add("--stage1_steps", type=int, nargs="+", default=None, help="of each recipe; by default its own")
+    add("--stage2_steps", type=int, default=None, help="by default the recipe's")
+    add("--edit_pictures", type=int, default=4000, help="general pictures with an edit, for zero-shot")
+    add("--edit_steps", type=int, default=None, help="by default as many as in Stage II")
+    add("--test_cases", type=int, default=6, help="held-out simulated patients of each protocol")
+    add("--slice_step", type=int, default=8, help="every so many of their slices")
+    add("--phantom_size", type=int, default=128, help="pixels of a slice's longer side, in the evaluation")
+    add("--phantom_slices", type=int, default=None, help="axial slices of a patient, by default the whole region")
+    add("--protocol", default="synthrad2023", help="of the evaluation, see metrics.protocols.evaluate_case")
+    add("--batch_size", type=int, default=16, help="of the evaluation")
+    add("--plan", action="store_true", help="say what would be done, and stop")
+    args = parser.parse_args(argv)
+    if args.stage1_steps and len(args.stage1_steps) != len(args.stage1_recipes):
+        parser.error(f"--stage1_steps takes {len(args.stage1_recipes)} numbers, one for each recipe")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is to be done
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One process that makes one folder.
+
+    Args:
+        folder (`Path`): There when the step is done.
+        kind (`str`): Steps of a kind take about as long as each other.
+        command (`tuple[str, ...]`): Ends with the option that names the folder; the folder's working name is added.
+    """
+
+    folder: Path
+    kind: str
+    command: tuple[str, ...]
+
+    @property
+    def working(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.unfinished")
+
+    @property
+    def is_done(self) -> bool:
+        return self.folder.exists()
+
+
+def make_steps(args) -> list[Step]:
+    """All steps in their order: what all arms need, then seed after seed."""
+    output, stage1, stage2 = args.output_dir, [*map(read_yaml, args.stage1_recipes)], read_yaml(args.stage2_recipe)
+    python, command_line = sys.executable, (sys.executable, "-m", "synermedgen_hf.cli")
+    routes = stage2.get("routes") or [route.name for route in ROUTES]
+    steps: list[Step] = []
+
+    def add(folder: Path, kind: str, command) -> Path:
+        steps.append(Step(folder, kind, tuple(map(str, command))))
+        return folder
+
+    def evaluate(folder: Path, kind: str, scanner: str, *what):
+        asked = ["--phantom-cases", args.test_cases, "--slice-step", args.slice_step, "--protocol", args.protocol]
+        asked += ["--phantom-size", args.phantom_size, "--phantom-scanner", scanner, "--batch-size", args.batch_size]
+        asked += ["--phantom-slices", args.phantom_slices] if args.phantom_slices else []
+        asked += [part for route in routes for part in ("--routes", route)]
+        add(folder, kind, [*command_line, "evaluate", *what, *asked, "--output"])
+
+    def answer(folder: Path, model: Path):
+        scans = stage1[-1].get("data_dir")
+        asked = ["--data-dir", scans] if scans else ["--phantom-cases", args.test_cases]
+        asked += ["--no-text", "--batch-size", args.batch_size]
+        asked += ["--label-images"] if stage1[-1].get("label_images") else []
+        add(folder, "answers", [*command_line, "evaluate-understanding", "--model", model, *asked, "--output"])
+
+    # 1. What all arms share.
+    for scanner in SCANNERS:
+        evaluate(output / "copy" / scanner, f"copying, {scanner}", scanner, "--baseline", "copy", "--model", args.base)
+    answer(output / "base" / "answers", args.base)
+    edits = None
+    if not args.no_zero_shot:
+        edit_steps = args.edit_steps or args.stage2_steps or stage2["max_train_steps"]
+        options = ["--base", args.base, "--pictures", args.edit_pictures, "--recipe", args.stage2_recipe]
+        script = [python, HERE / "edits.py", *options, "--max_train_steps", edit_steps]
+        edits = add(output / "edits", "edits", [*script, "--output_dir"])
+
+    for seed in args.seeds:
+        for arm in args.arms:
+            (tasks, negatives), here = ARMS[arm], output / f"seed{seed}" / arm
+
+            # 2. Stage I, one recipe after the other, and what it taught.
+            start = args.base
+            for number, (path, recipe) in enumerate(zip(args.stage1_recipes, stage1, strict=True) if tasks else ()):
+                asked = tasks_of(tasks, recipe)
+                options = ["--config", path, "--model_name_or_path", start, "--seed", seed, "--data_seed", seed]
+                options += ["--report_to", "none", "--resume_from_checkpoint", "latest"]
+                options += ["--max_steps", args.stage1_steps[number]] if args.stage1_steps else []
+                options += ["--dataset_config", "vqa" if tasks == ("VQA",) else "understanding"]
+                options += ["--tasks", *asked, "--task_shares", *shares_of(asked, recipe)]
+                options += ["--negatives", negatives] if negatives else []
+                script = [python, EXAMPLES / "train_understanding.py", *options, "--output_dir"]
+                start = add(here / f"stage1-{number + 1}", f"Stage I, part {number + 1}", script) / "pipeline"
+            if tasks:
+                answer(here / "answers", start)
+
+            # 3. Stage II, and what comes out.
+            options = ["--config", args.stage2_recipe, "--pretrained_model_name_or_path", start, "--seed", seed]
+            # Autoencoder and slices are the same for all arms: they are encoded once.
+            options += ["--resume_from_checkpoint", "latest", "--latent_cache_dir", output / "latents"]
+            options += ["--max_train_steps", args.stage2_steps] if args.stage2_steps else []
+            script = [python, EXAMPLES / "train_generation.py", *options, "--output_dir"]
+            made = add(here / "stage2", "Stage II", script) / "pipeline"
+            for scanner in SCANNERS:
+                evaluate(here / scanner, f"evaluation, {scanner}", scanner, "--model", made)
+
+            # 4. Synthesis without Stage II. Without Stage I as well, it is the base's, which knows no seed.
+            if edits is None or arm not in ZERO_SHOT or (not tasks and seed != args.seeds[0]):
+                continue
+            here = here if tasks else output / "base"
+            zero = edits / "pipeline"
+            if tasks:
+                script = [python, HERE / "graft.py", "--generation", zero, "--understanding", start, "--output_dir"]
+                zero = add(here / "zero", "graft", script) / "pipeline"
+            for scanner in SCANNERS:
+                evaluate(here / f"zero-{scanner}", f"evaluation, {scanner}", scanner, "--model", zero)
+    return steps
+
+
+def tasks_of(tasks: tuple[str, ...], recipe: dict) -> list[str]:
+    """
+    What an arm asks in a part of Stage I: the recipe's tasks as far as they are the arm's. Where none is, all of the
+    arm's: its steps are spent all the same.
+    """
+    return [task for task in recipe.get("tasks") or TASKS if task in tasks] or list(tasks)
+
+
+def shares_of(tasks: list[str], recipe: dict) -> list[float]:
+    """The recipe's shares of the tasks, or those of the published set; they need not sum to 1."""
+    known = dict(zip(recipe.get("tasks") or (), recipe.get("task_shares") or (), strict=False))
+    return [known.get(task, DEFAULT_MIX.get(task, 1.0)) for task in tasks]
+
+
+def read_yaml(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def claim(args, steps: list[Step]):
+    """Write `config.json`, or refuse a folder that holds another ablation."""
+    weights = hashlib.sha256()
+    for file in sorted(args.base.rglob("*.safetensors")):
+        weights.update(file.read_bytes())
+    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "arms", "plan")}
+    config = {
+        # As JSON will have them, to be compared with what was written.
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "checksum of the base": weights.hexdigest(),
+        "Stage I": [*map(read_yaml, args.stage1_recipes)],
+        "Stage II": read_yaml(args.stage2_recipe),
+    }
+    known, before = args.output_dir / CONFIG, {}
+    if known.exists():
+        before = json.loads(known.read_text(encoding="utf-8"))
+        if changed := [name for name, value in config.items() if before.get(name) != value]:
+            raise SystemExit(
+                f"{args.output_dir} holds an ablation with other settings ({', '.join(changed)}): see {CONFIG}. Choose "
+                "another --output_dir."
+            )
+    config["seeds"] = sorted({*before.get("seeds", []), *args.seeds})
+    config["arms"] = [arm for arm in ARMS if arm in {*before.get("arms", []), *args.arms}]
+    config["steps"] = before.get("steps", {}) | {
+        str(step.folder.relative_to(args.output_dir)): [*step.command, str(step.working)] for step in steps
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(known, json.dumps(config, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Doing it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_timings(output: Path) -> dict[str, list[float]]:
+    """Kind of step to the seconds that each took, of those that were not interrupted."""
+    seconds: dict[str, list[float]] = {}
+    file = output / TIMINGS
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        row = json.loads(line)
+        if not row["resumed"]:
+            seconds.setdefault(row["kind"], []).append(row["seconds"])
+    return seconds
+
+
+def time_left(steps: list[Step], output: Path) -> str:
+    """How long the steps that are not done will take, as far as steps of their kind have been measured here."""
+    seconds = read_timings(output)
+    kinds = [step.kind for step in steps if not step.is_done]
+    said = []
+    if any(kind in seconds for kind in kinds):
+        known = sum(statistics.median(seconds[kind]) for kind in kinds if kind in seconds)
+        said.append(f"about {known / 3600:.1f} h")
+    if unknown := [kind for kind in dict.fromkeys(kinds) if kind not in seconds]:
+        counted = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in unknown)
+        said.append(f"unknown for {counted}, of which none has been measured here")
+    return ", and ".join(said) or "nothing"
+
+
+def do(step: Step, output: Path):
+    """Run one step, from where an earlier run stopped, and note how long it took."""
+    resumed = step.working.exists()
+    step.working.parent.mkdir(parents=True, exist_ok=True)
+    log = output / "logs" / f"{'-'.join(step.folder.relative_to(output).parts)}.txt"
+    log.parent.mkdir(exist_ok=True)
+    start = time.monotonic()
+    with open(log, "ab") as said:
+        done = subprocess.run([*step.command, str(step.working)], stdout=said, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        said = f"{step.folder} failed with exit status {done.returncode}; all it said is in {log}."
+        raise SystemExit("\n".join([*end, f"{said} The same command goes on from here."]))
+    tidy(step.working)
+    step.working.rename(step.folder)
+    row = {"step": str(step.folder.relative_to(output)), "kind": step.kind}
+    row |= {"seconds": round(time.monotonic() - start, 1), "resumed": resumed}
+    with open(output / TIMINGS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def tidy(folder: Path):
+    """Remove the checkpoints of a finished training, but for what the newest of Stage I says about its course."""
+    numbered = [path for path in folder.rglob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    numbered.sort(key=lambda path: int(path.name.split("-")[1]))
+    if numbered and (numbered[-1] / "trainer_state.json").exists():
+        shutil.copy(numbered[-1] / "trainer_state.json", folder)
+    for checkpoint in numbered:
+        shutil.rmtree(checkpoint)
+
+
+def main(args):
+    if not (args.base / "model_index.json").exists():
+        raise SystemExit(f"{args.base} holds no pipeline: make one with examples/pretrain_tiny.py.")
+    steps = make_steps(args)
+    kinds = [step.kind for step in steps if not step.is_done]
+    counted = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "none"
+    print(f"{len(kinds)} of {len(steps)} steps are to be done: {counted}.")
+    print(f"Time left: {time_left(steps, args.output_dir)}.")
+    if args.plan:
+        return
+    claim(args, steps)
+    progress = tqdm(steps, unit="step")
+    for step in progress:
+        if step.is_done:
+            continue
+        name = step.folder.relative_to(args.output_dir)
+        progress.set_postfix_str(f"{name}; left: {time_left(steps, args.output_dir)}")
+        do(step, args.output_dir)
+        if step.kind.startswith("evaluation"):
+            report.write_report(args.output_dir)
+    report.write_report(args.output_dir)
+    print(f"Wrote {args.output_dir / report.REPORT} and {args.output_dir / report.CURVES}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
