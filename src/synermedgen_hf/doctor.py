@@ -32,7 +32,7 @@ from . import checkpoint_path
 from .hub import check_folder, read_card_facts
 from .image_processing_synermedgen import SynerMedGenImageProcessor
 from .loading_synermedgen import PART_PATTERNS, PARTS, part_of
-from .model_card import _intensity_table
+from .model_card import intensity_table
 
 PACKAGE = "synermedgen-hf"
 EXTRAS = {
@@ -154,7 +154,7 @@ def info_text(record: dict) -> str:
             lines.append(f"  {region.ljust(max(map(len, regions)))}  {', '.join(pairs)}")
     else:
         lines.append("\nIt is not recorded which routes it was trained for: none is refused.")
-    lines += ["\nIntensity codec", _intensity_table(record["intensity"])]
+    lines += ["\nIntensity codec", intensity_table(record["intensity"])]
     lines.append("\nResearch use only. Not for clinical use.")
     return "\n".join(lines)
 

@@ -90,7 +90,7 @@ def make_model_card(
         "`AutoModel`, `AutoModelForImageTextToText` and `AutoProcessor` read it too; without the package, so does\n"
         '`DiffusionPipeline.from_pretrained("...", trust_remote_code=True)`.',
         "## Routes and tasks\n\n" + _routes_text(config),
-        "## Intensity settings\n\n" + _intensity_table(intensity),
+        "## Intensity settings\n\n" + intensity_table(intensity),
         "## Training data\n\n" + (training_data or config.notice or "Not stated."),
     ]
     if evaluation:
@@ -153,7 +153,8 @@ def _routes_text(config) -> str:
     return "\n\n".join(lines)
 
 
-def _intensity_table(intensity: dict[str, dict]) -> str:
+def intensity_table(intensity: dict[str, dict]) -> str:
+    """The windows of an image processor as a Markdown table."""
     rows = ["| modality | unit | window | scale |", "|---|---|---|---|"]
     for modality, record in sorted(intensity.items()):
         if "percentile" in record:
@@ -219,4 +220,4 @@ def evaluation_results(summary: dict) -> list[EvalResult]:
     ]
 
 
-__all__ = ["evaluation_results", "make_model_card", "may_replace_card", "subjects"]
+__all__ = ["evaluation_results", "intensity_table", "make_model_card", "may_replace_card", "subjects"]
