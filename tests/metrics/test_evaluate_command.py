@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from synermedgen_hf import cli
+from synermedgen_hf import checkpoint_path, cli
 from synermedgen_hf.data import synermed
 from synermedgen_hf.data.layouts import write_layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.append(str(EXAMPLES))
 
 
 def run(*arguments):
@@ -37,6 +40,19 @@ def runs(scans, tmp_path_factory):
     made = run("evaluate", "--output", folder / "model", *common, *sampling, "--seed", 3, "--beside", folder / "copy")
     assert copied.exit_code == made.exit_code == 0, copied.stderr + made.stderr
     return folder, made
+
+
+@pytest.fixture(scope="module")
+def trained(scans, tmp_path_factory):
+    """A pix2pix of two steps, for the codec of the bundled weights."""
+    import train_baseline
+
+    folder = tmp_path_factory.mktemp("trained") / "baseline"
+    line = ["--baseline", "pix2pix", "--pretrained_model_name_or_path", checkpoint_path(), "--output_dir", folder]
+    line += ["--data_dir", scans, "--routes", "brain/CBCT-CT", "--block_out_channels", 8, 8, "--max_train_steps", 2]
+    line += ["--discriminator_channels", 8, 8, "--train_batch_size", 2, "--num_proc", 1]
+    train_baseline.main(train_baseline.parse_args([str(one) for one in line]))
+    return folder
 
 
 def read_json(file):
@@ -74,6 +90,49 @@ def test_simulated_patients_without_any_data(tmp_path, monkeypatch):
         "whole-body/CT-PET": 2,
         "whole-body/PET-CT": 2,
     }
+
+
+def test_a_trained_network_stands_among_the_baselines(trained, tmp_path, monkeypatch):
+    """On one simulated patient, of whom the routes it does not know are left out."""
+    monkeypatch.setattr(synermed, "PROTOCOLS", {("brain", "synthrad"): ("MRI", "CT", "CBCT")})
+    size = ["--phantom-cases", 1, "--phantom-slices", 9, "--phantom-size", 32, "--slice-step", 4]
+    done = run("evaluate", "--output", tmp_path / "run", *size, "--baseline", trained)
+    assert done.exit_code == 0, done.stderr
+    assert "| brain/CBCT-CT | pix2pix |" in done.stdout and "brain/CT-MRI" not in done.stdout
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert summary["routes"].keys() == {"brain/CBCT-CT"} and summary["routes"]["brain/CBCT-CT"]["cases"] > 0
+    arguments = summary["arguments"]
+    assert (arguments["baseline"], arguments["trained"]["steps"]) == ("pix2pix", 2)
+    assert len(arguments["checksum of the weights"]) == 64
+    assert not (tmp_path / "run" / "model-index.yml").exists()  # it is no model of ours
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "says"),
+    [
+        ({}, ["--routes", "pelvis/CBCT-CT"], "not trained for pelvis/CBCT-CT. It was trained for: brain/CBCT-CT"),
+        ({"baseline.json": None}, [], "no trained baseline: there is no baseline.json"),
+        (
+            {"unet/diffusion_pytorch_model.safetensors": None},
+            [],
+            "there is no unet/diffusion_pytorch_model.safetensors",
+        ),
+        ({"baseline.json": {"kind": "magic"}}, [], "baseline.json is not what examples/train_baseline.py writes"),
+        ({"baseline.json": {"routes": []}}, [], "knows 1 routes, its record 0"),
+        ({"baseline.json": {"codec": {"vae_size": 64}}}, [], "was trained with another codec"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused(trained, scans, tmp_path, change, arguments, says):
+    folder = Path(shutil.copytree(trained, tmp_path / "baseline"))
+    for name, value in change.items():
+        if value is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(json.dumps({**read_json(folder / name), **value}))
+    common = ["--data-dir", scans, "--split", "train", "--baseline", folder]
+    done = run("evaluate", "--output", tmp_path / "run", *common, *arguments)
+    assert done.exit_code == 1 and says in done.stderr and done.stdout == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_evaluations_are_compared(runs, tmp_path):
