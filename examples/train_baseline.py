@@ -56,8 +56,7 @@ from synermedgen_hf.metrics.baselines import NETWORKS, RECORD, codec_settings, p
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATES = {"unet": 5e-4, "pix2pix": 2e-4}  # the second is Isola's
-BETAS = {"unet": (0.9, 0.95), "pix2pix": (0.5, 0.999)}  # likewise
+BETAS = {"unet": (0.9, 0.95), "pix2pix": (0.5, 0.999)}  # of Adam; the second are Isola's
 L1_WEIGHT = 100.0
 # What a checkpoint cannot be continued with other values of.
 LASTING = (
@@ -109,7 +108,7 @@ def parse_args(argv=None):
     budget.add_argument("--max_train_minutes", type=float, default=None, help="of training steps alone")
     budget.add_argument("--max_train_steps", type=int, default=None)
     add("--train_batch_size", type=int, default=16)
-    add("--learning_rate", type=float, default=None, help="by default 5e-4, of pix2pix 2e-4")
+    add("--learning_rate", type=float, default=5e-4)
     add("--lr_warmup_steps", type=int, default=50)
     add("--max_grad_norm", type=float, default=1.0)
     add("--mixed_precision", choices=["no", "bf16"], default="bf16")
@@ -122,8 +121,6 @@ def parse_args(argv=None):
     add("--resume_from_checkpoint", default=None, help='"latest" or a folder')
     add("--logging_steps", type=int, default=25)
     args = parser.parse_args(argv)
-    if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[args.baseline]
     for name in (
         "max_train_minutes",
         "max_train_steps",

@@ -259,7 +259,7 @@ def test_the_record_says_what_was_trained(uninterrupted, processor):
     assert (record["kind"], record["steps"], record["samples"]) == ("pix2pix", 6, 12)
     assert record["routes"] == ["brain/MRI-CT", "pelvis/MRI-CT"] and record["data"] == "SynthRAD2023"
     assert record["codec"]["intensity"] == processor.image_processor.intensity
-    assert record["arguments"]["learning_rate"] == 2e-4  # Isola's, unless another is given
+    assert record["arguments"]["learning_rate"] == 5e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
