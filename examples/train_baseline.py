@@ -37,6 +37,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from train_generation import (
+    add_data_arguments,
     checkpoints,
     describe,
     discard,
@@ -81,18 +82,7 @@ def parse_args(argv=None):
     add("--revision", default=None, help="of the Hub repository")
     add("--output_dir", type=Path, required=True, help="where checkpoints, the log and the network go")
 
-    data = parser.add_argument_group("data, as for train_generation.py")
-    add = data.add_argument
-    add("--dataset_name", default="synermed", help='"synermed", or a Hub dataset with its columns')
-    add("--dataset_config_name", default="pairs")
-    add("--data_dir", default=None, help="folder of scans, see load_dataset('synermed')")
-    add("--routes", nargs="+", default=None, help="only these, such as MRI-CT or brain/MRI-CT")
-    add("--slice_step", type=int, default=1, help="every so many slices of a case")
-    add("--phantom_cases", type=int, nargs=3, default=None, help="simulated volumes: training, validation, test")
-    add("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated slices are kept")
-    add("--train_cases", type=int, default=200, help="simulated patients per protocol, without --data_dir")
-    add("--slices_per_case", type=int, default=8)
-    add("--num_proc", type=int, default=2, help="processes that simulate or read cases")
+    add = add_data_arguments(parser).add_argument
     add("--slice_cache", choices=["memory", "off"], default="memory", help="keep slices in memory, two bytes a pixel")
 
     network = parser.add_argument_group("network")

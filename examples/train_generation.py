@@ -86,22 +86,11 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, default=0.0)
     add("--merge_adapter", action="store_true", help="put the adapter into the weights and save a pipeline")
 
-    data = parser.add_argument_group("data")
-    add = data.add_argument
-    add("--dataset_name", default="synermed", help='"synermed", or a Hub dataset with its columns')
-    add("--dataset_config_name", default="pairs")
-    add("--data_dir", default=None, help="folder of scans, see load_dataset('synermed')")
-    add("--routes", nargs="+", default=None, help="only these, such as MRI-CT or brain/MRI-CT")
-    add("--slice_step", type=int, default=1, help="every so many slices of a case")
-    add("--phantom_cases", type=int, nargs=3, default=None, help="simulated volumes: training, validation, test")
+    add = add_data_arguments(parser).add_argument
     add("--streaming", action="store_true", help="read the data as it is needed")
     add("--stream_pool", type=int, default=2048, help="pairs of a stream that are drawn from at a time")
     add("--latent_cache", choices=["memory", "disk", "off"], default="memory", help="where encoded slices are kept")
     add("--latent_cache_dir", type=Path, default=None, help="... on disk, for this run and later ones")
-    add("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated slices are kept")
-    add("--train_cases", type=int, default=200, help="simulated patients per protocol, without --data_dir")
-    add("--slices_per_case", type=int, default=8)
-    add("--num_proc", type=int, default=2, help="processes that simulate or read cases")
     add("--drop_text", type=float, default=0.1, help="probability of leaving the instruction out")
     add("--drop_vae", type=float, default=0.3, help="... a source's latents")
     add("--drop_vit", type=float, default=0.3, help="... a source's ViT patches")
@@ -158,6 +147,23 @@ def parse_args(argv=None):
     if args.lora_rank and args.freeze == "none":
         parser.error("--lora_rank trains adapters on the generation expert alone: choose --freeze detach or grad")
     return args
+
+
+def add_data_arguments(parser: argparse.ArgumentParser):
+    """What [`load_pairs`] reads, as a group of arguments."""
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--dataset_name", default="synermed", help='"synermed", or a Hub dataset with its columns')
+    add("--dataset_config_name", default="pairs")
+    add("--data_dir", default=None, help="folder of scans, see load_dataset('synermed')")
+    add("--routes", nargs="+", default=None, help="only these, such as MRI-CT or brain/MRI-CT")
+    add("--slice_step", type=int, default=1, help="every so many slices of a case")
+    add("--phantom_cases", type=int, nargs=3, default=None, help="simulated volumes: training, validation, test")
+    add("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated slices are kept")
+    add("--train_cases", type=int, default=200, help="simulated patients per protocol, without --data_dir")
+    add("--slices_per_case", type=int, default=8)
+    add("--num_proc", type=int, default=2, help="processes that simulate or read cases")
+    return data
 
 
 def read_recipe(path: Path | None) -> list[str]:

@@ -864,7 +864,7 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
     def score_answers(
         self, images: list, question: str, answers: list[str], labels: list[str] | None = None
     ) -> torch.Tensor:
-        """Log-likelihood of each answer, `(answers,)`."""
+        """Log-likelihood of each answer, `(answers,)`; `labels` as for [`~SynerMedGenPipeline.answer`]."""
         inputs = self.question_inputs(images, question, labels)
         scores = []
         for answer in answers:

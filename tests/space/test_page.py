@@ -77,6 +77,15 @@ class Page:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
         found.click()
 
+    def synthesize_mri(self, steps, samples):
+        """The first target of an upload that is an MRI, with settings of one's own."""
+        self.choose("#source", "MRI")
+        self.wait(lambda: self.all("#targets input[type=checkbox]"), "targets")
+        self.click("#advanced button.label-wrap")
+        self.fill("#steps", steps)
+        self.fill("#samples", samples)
+        self.click("#start")
+
     def choose(self, selector, label):
         """An entry of a drop-down."""
         field = self.one(f"{selector} input")
@@ -164,12 +173,7 @@ def test_the_spread_of_seeds_and_a_derived_series(visit, series, tmp_path):
     page = visit()
     page.upload("#scan", series)
     page.wait(lambda: "DICOM" in page.text(".seen"), "the series to be read")
-    page.choose("#source", "MRI")
-    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
-    page.click("#advanced button.label-wrap")
-    page.fill("#steps", 1)
-    page.fill("#samples", 2)
-    page.click("#start")
+    page.synthesize_mri(steps=1, samples=2)
     page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
     page.pick("#view", "Spread over seeds")
     page.wait(lambda: "Spread over seeds" in page.text("#values"), "the spread")
@@ -193,12 +197,7 @@ def test_the_spread_of_seeds_and_a_derived_series(visit, series, tmp_path):
 def test_a_closed_tab_stops_the_work(visit, scan, space):
     page = visit()
     page.upload("#scan", scan)
-    page.choose("#source", "MRI")
-    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
-    page.click("#advanced button.label-wrap")
-    page.fill("#steps", 100)
-    page.fill("#samples", 8)
-    page.click("#start")
+    page.synthesize_mri(steps=100, samples=8)
     page.wait(lambda: "slice" in page.text("#progress"), "the synthesis to begin")
     page.driver.close()
     begin = time.monotonic()  # one after the other: whoever comes next would wait for it

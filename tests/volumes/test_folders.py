@@ -372,6 +372,17 @@ def test_paths_of_a_dicom_series_are_taken_out_of_errors(tmp_path):
     assert said == "case 1: case 1/one of its files and one of its files lie 1.5 mm apart."
 
 
+def test_the_result_is_named_in_no_error_and_words_stay_whole(tmp_path):
+    """A folder whose name is part of other words, such as `a` or `ct`, must not be cut out of them."""
+    folder = tmp_path / "a" / "ct" / "DOE_a_ct"
+    folder.mkdir(parents=True)
+    case = Case(1, "DOE_a_ct/1.5", folder, "case 1")
+    output = tmp_path / "a" / "ct" / "DOE_a_ct_PET"
+    error = FileExistsError(f"What exactly is in the way of {output}: DOE_a_ct_PET, 1.5 mm, as is DOE_a_ct.")
+    said = describe_error(error, case, output)
+    assert said == "What exactly is in the way of its result: its result, 1.5 mm, as is its result."
+
+
 def test_the_list_of_cases_says_which_number_is_which_scan(jobs, tmp_path):
     outcomes = outcomes_of(jobs, lambda scan, job: None)
     write_cases(tmp_path / "out", jobs, outcomes, anonymous=False)

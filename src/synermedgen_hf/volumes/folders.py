@@ -368,13 +368,16 @@ def describe_error(error: BaseException, case: Case, output: Path | None = None)
     text = " ".join(str(error).split()) or type(error).__name__
     if not case.is_dicom:
         return text.replace(str(case.path), case.label)
+    if output is not None:  # first: its path may begin with that of the scan
+        text = text.replace(str(output), "its result")
     text = text.replace(str(case.path), case.label).replace(str(case.path.resolve()), case.label)
-    for path in () if output is None else (output, *output.parents):
-        if path.name in case.name + output.name and path.name:  # a result is called as its scan is
-            text = text.replace(str(path), "its result").replace(path.name, "its result")
-    for part in sorted((file.name for file in case.path.iterdir()), key=len, reverse=True):
-        if not re.fullmatch(r"[\d.]+", part):  # numbers name nobody, and stand elsewhere in a sentence
-            text = text.replace(part, "one of its files")
+    # A result is called as its scan is. Whole names alone: a folder called `a` is no part of a word.
+    results = {output.name, *Path(case.name).parts} if output is not None else set()
+    files = {file.name for file in case.path.iterdir()}
+    for name in sorted(results | files, key=len, reverse=True):
+        if not re.fullmatch(r"[\d.]+", name):  # numbers name nobody, and stand elsewhere in a sentence
+            named = "one of its files" if name in files else "its result"
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", named, text)
     return text
 
 
