@@ -4,7 +4,7 @@
 
 BAGEL starts from SigLIP2's eyes and Qwen2.5's text. The toy starts from random numbers, and the understanding tasks
 alone do not take it from there: what is right depends on two images at once, and no single one of them gives a hint.
-Three short trainings on simulated patients stand in for a base.
+Four short trainings on simulated patients stand in for a base.
 
 1. Eyes: ViT and connector, by contrast and by name. Of many slices, which two show the same place in two modalities
    (InfoNCE over the mean token of an image, as CLIP does between image and text), and which modality is each? Contrast
@@ -13,6 +13,9 @@ Three short trainings on simulated patients stand in for a base.
    same place? Asked among other things, comparing was not learned at all.
 3. Letters: of four slices, which one? The question grows from its last words to all of them: from the start, it would
    stand in the way of what has been learned.
+4. Names: eight images in a row, each followed by its modality's name, or four, of which one after the other is asked
+   for by name; with letters, lest they be forgotten. What counts is how many names are seen, and a row of Stage I has
+   one.
 
 Stage I, `examples/train_understanding.py`, goes on from here.
 """
@@ -40,12 +43,13 @@ from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import PHANTOM_VERSION
 from synermedgen_hf.data.routes import MODALITIES
 from synermedgen_hf.data.synermed import load_phantom_case, phantom_records
-from synermedgen_hf.data.wordings import CTS_QUESTIONS, region_name
+from synermedgen_hf.data.wordings import CLARIFIED, CTS_QUESTIONS, MI_QUESTIONS, region_name
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.optimization import MuonWithAdamW
 from synermedgen_hf.processing_synermedgen import (
     MODALITY_NAMES,
+    MODALITY_QUESTION,
     ImageBlock,
     build_sequence,
     pad_sequences,
@@ -53,6 +57,7 @@ from synermedgen_hf.processing_synermedgen import (
 
 SLICES = 8  # of a volume in a batch of contrast
 CANDIDATES = 8  # of a row of places
+NAMES = 8  # of a row of names
 LETTERS = "ABCD"
 GAP_MM = 4.0  # between slices that are told apart, as in CTS
 
@@ -69,6 +74,8 @@ def parse_args(argv=None):
     parser.add_argument("--places_batch_size", type=int, default=48)
     parser.add_argument("--letters_steps", type=int, default=600)
     parser.add_argument("--letters_batch_size", type=int, default=64)
+    parser.add_argument("--names_steps", type=int, default=300)
+    parser.add_argument("--names_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--letters_learning_rate", type=float, default=7e-4)
     parser.add_argument("--muon_learning_rate", type=float, default=0.02, help="of the ViT's matrices, for contrast")
@@ -241,6 +248,40 @@ class Comparisons:
         last = len(words) if rng.random() < 0.2 * (share > 0) else rng.integers(1, 2 + max(1, int(share * len(words))))
         return [*blocks, self.said(" ".join(words[-last:])), self.answer(LETTERS[answer])], shown
 
+    def any_slice(self, rng) -> int:
+        """Row of any slice of any volume."""
+        first, count, _, _ = self.slices.volumes[rng.integers(len(self.slices.volumes))]
+        return rng.choice(list(first.values())) + rng.integers(count)
+
+    def name(self, rng):
+        """Slices, each followed by its modality, half of them asked in the words of `pipe.identify`."""
+        blocks, shown = [], [self.any_slice(rng) for _ in range(NAMES)]
+        for row in shown:
+            asked = [self.said(MODALITY_QUESTION)] if rng.random() < 0.5 else []
+            blocks += [self.image, *asked, self.answer(MODALITY_NAMES[self.slices.name(row)])]
+        return blocks, shown
+
+    def panel(self, rng):
+        """Slices of different modalities, then, in any order, which of them is ...?"""
+        shown = {}
+        while len(shown) < len(LETTERS):
+            row = self.any_slice(rng)
+            name = self.slices.name(row)
+            # All sequences are MRI as well.
+            if not ({"MRI"} & {name, *shown} and {"T1", "T1CE", "T2", "FLAIR"} & {name, *shown}):
+                shown.setdefault(name, row)
+        blocks = []
+        for letter in LETTERS:
+            blocks += [self.said(letter), self.image]
+        letters = {"letters": f"A to {LETTERS[-1]}", "count": len(LETTERS)}
+        for which in rng.permutation(len(LETTERS)):
+            asked = list(shown)[which]
+            partner, clear = CLARIFIED.get(asked, ("", ""))
+            target = clear if partner in shown else MODALITY_NAMES[asked]
+            question = rng.choice(MI_QUESTIONS).format(target=target, **letters)
+            blocks += [self.said(question), self.answer(LETTERS[which])]
+        return blocks, list(shown.values())
+
 
 def train(
     name: str,
@@ -308,6 +349,13 @@ def main(args):
         with autocast():
             return model(**batch).loss
 
+    def names(step):
+        draw = rng(step, 4)
+        kinds = (comparisons.name, comparisons.panel, partial(comparisons.letter, share=1.0))
+        batch = comparisons.batch(lambda: kinds[draw.integers(len(kinds))](draw), args.names_batch_size)
+        with autocast():
+            return model(**batch).loss
+
     eyes, mind = (
         [(name, p) for name, p in model.named_parameters() if part_of(name) == part]
         for part in ("vision", "understanding")
@@ -322,6 +370,7 @@ def main(args):
         # What the eyes have learned stays: until comparing works, its gradients would be noise.
         "places": (places, mind, args.places_steps, {"lr": args.learning_rate}),
         "letters": (letters, mind, args.letters_steps, {"lr": args.letters_learning_rate}),
+        "names": (names, mind, args.names_steps, {"lr": args.letters_learning_rate}),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log_file = args.output_dir / "log.jsonl"

@@ -126,7 +126,8 @@ def test_training_moves_the_generation_expert(trained, start):
 def test_a_base_learns_to_see_and_to_answer_and_goes_on_where_it_stopped(work, start):
     sizes = ["--train_cases", 1, "--contrast_steps", 2, "--contrast_volumes", 2]
     sizes += ["--places_steps", 2, "--places_batch_size", 2]  # the first step has no learning rate yet
-    sizes += ["--letters_steps", 1, "--letters_batch_size", 2, "--num_proc", 1, "--cache_dir", work / "phantom"]
+    sizes += ["--letters_steps", 1, "--letters_batch_size", 2, "--names_steps", 1, "--names_batch_size", 4]
+    sizes += ["--num_proc", 1, "--cache_dir", work / "phantom"]
     common = ["--pretrained_model_name_or_path", start, *sizes, "--output_dir"]
 
     def pretrain(folder, *more):  # in a process of its own: it simulates in others
@@ -140,7 +141,7 @@ def test_a_base_learns_to_see_and_to_answer_and_goes_on_where_it_stopped(work, s
     assert any("vision" in name for name in moved) and any("mlp.up_proj" in name for name in moved)
     assert not any("moe_gen" in name or "vae" in name or "time_embedder" in name for name in moved)
     log = [json.loads(line) for line in (work / "base" / "log.jsonl").open()]
-    assert [row["training"] for row in log] == ["eyes", "eyes", "places", "places", "letters"]
+    assert [row["training"] for row in log] == ["eyes", "eyes", "places", "places", "letters", "names"]
     assert all(np.isfinite(row["loss"]) for row in log)
 
     # Killed after the first training, as it was then.
