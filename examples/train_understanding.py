@@ -195,14 +195,28 @@ class MixedGroupsSampler(LengthGroupedSampler):
     """
     Batches of rows of about one length, in random order. `LengthGroupedSampler` goes from long rows to short ones again
     and again: a task would be trained for dozens of steps on end, and forgotten over the next.
+
+    Args:
+        batch_size (`int`): Rows that go through the model at once, of all processes together.
+        lengths (`list[int]`): Of all rows.
+        seed (`int`): Seed of the order; every epoch has its own.
     """
 
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
     def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
         indices = list(super().__iter__())
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
         # The longest row stays in the first batch, where memory would run out at once; the last one may be short.
         first, middle, last = batches[:1], batches[1:-1], batches[1:][-1:]
-        middle = [middle[place] for place in torch.randperm(len(middle)).tolist()]
+        middle = [middle[place] for place in torch.randperm(len(middle), generator=self.generator).tolist()]
         return chain.from_iterable(first + middle + last)
 
 
@@ -214,7 +228,10 @@ class StageOneTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return MixedGroupsSampler(sampler.batch_size, lengths=list(sampler.lengths))
+            # One batch of every process, not a whole accumulated step, which would then be of one length and one task.
+            at_once = self.args.train_batch_size * self.args.world_size
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return MixedGroupsSampler(at_once, list(sampler.lengths), seed)
         return sampler
 
     def create_optimizer(self, model=None):

@@ -676,13 +676,13 @@ def test_a_killed_process_leaves_a_training_that_goes_on(train, arguments, tmp_p
 def test_batches_of_one_length_come_in_random_order(script):
     """All rows, batches of nearly one length, the longest first, and no run of long ones followed by short ones."""
     lengths = [20] * 64 + [90] * 64 + [300] * 64 + [301]
-    sampler = script.MixedGroupsSampler(8, lengths=lengths)
-    torch.manual_seed(0)
+    sampler = script.MixedGroupsSampler(8, lengths, seed=0)
     indices = list(sampler)
     assert sorted(indices) == list(range(193)) and lengths[indices[0]] == 301
     batches = [[lengths[index] for index in indices[start : start + 8]] for start in range(0, 193, 8)]
     assert sum(max(batch) - min(batch) > 1 for batch in batches) <= 12  # one or two at each border of a mega-batch
     changes = sum(one[0] != other[0] for one, other in zip(batches[:-1], batches[1:], strict=True))
     assert changes > 10
-    torch.manual_seed(0)
     assert list(sampler) == indices
+    sampler.set_epoch(1)
+    assert list(sampler) != indices
