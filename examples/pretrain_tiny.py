@@ -43,6 +43,7 @@ from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import PHANTOM_VERSION
 from synermedgen_hf.data.routes import MODALITIES
 from synermedgen_hf.data.synermed import load_phantom_case, phantom_records
+from synermedgen_hf.data.understanding import NAMED_SEQUENCES
 from synermedgen_hf.data.wordings import CLARIFIED, CTS_QUESTIONS, MI_QUESTIONS, region_name
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.loading_synermedgen import part_of
@@ -267,8 +268,8 @@ class Comparisons:
         while len(shown) < len(LETTERS):
             row = self.any_slice(rng)
             name = self.slices.name(row)
-            # All sequences are MRI as well.
-            if not ({"MRI"} & {name, *shown} and {"T1", "T1CE", "T2", "FLAIR"} & {name, *shown}):
+            together = {name, *shown}
+            if not ("MRI" in together and together & NAMED_SEQUENCES):  # these are MRI as well
                 shown.setdefault(name, row)
         blocks = []
         for letter in LETTERS:

@@ -14,7 +14,7 @@ python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init
 test -e runs/tiny-base/model_index.json ||
     python examples/pretrain_tiny.py --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny-base
 
-# 3. Stage I: the understanding expert, on questions; CTS alone, then all three tasks, then mostly MI, twice.
+# 3. Stage I: the understanding expert, on questions; CTS alone, then all three tasks, then mostly MI, then MI and CTS.
 for recipe in tiny_cts tiny tiny_mi tiny_names; do
     config="examples/recipes/understanding_$recipe.yaml"
     python examples/train_understanding.py --config "$config" --resume_from_checkpoint latest
@@ -30,7 +30,7 @@ python examples/train_generation.py \
 # 5. On subjects that none of the above has seen: answers, and syntheses beside what they have to beat.
 synermedgen evaluate-understanding --model runs/tiny/pipeline --phantom-cases 10 --output runs/tiny/answers
 judge() {
-    synermedgen evaluate --phantom-cases 8 --phantom-slices 3 --protocol paper_frame --model runs/tiny/pipeline \
+    synermedgen evaluate --phantom-cases 8 --slice-step 24 --protocol paper_frame --model runs/tiny/pipeline \
         --output "runs/tiny/$1" "${@:2}"
 }
 judge copying --baseline copy

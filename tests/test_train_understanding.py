@@ -686,3 +686,17 @@ def test_batches_of_one_length_come_in_random_order(script):
     assert list(sampler) == indices
     sampler.set_epoch(1)
     assert list(sampler) != indices
+
+
+def test_the_batches_of_an_accumulated_step_are_grouped_one_by_one(script, train, tmp_path, monkeypatch):
+    asked = []
+
+    class Noted(script.MixedGroupsSampler):
+        def __init__(self, batch_size, lengths, seed):
+            asked.append((batch_size, seed))
+            super().__init__(batch_size, lengths, seed)
+
+    monkeypatch.setattr(script, "MixedGroupsSampler", Noted)
+    options = {**MODES["by length"], **BRIEF, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    train(tmp_path / "out", **options, data_seed=5)
+    assert asked == [(2, 5)]

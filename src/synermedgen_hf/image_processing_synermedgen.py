@@ -42,7 +42,7 @@ BANDS = {
 }
 CODECS = ("plain", "bands")
 _BAND_REACH = 0.05  # of [-1, 1], beyond a band's ends: the first channel may err by so much and still be corrected
-_SMALLEST_SIDE = 8  # pixels
+SMALLEST_SIDE = 8  # pixels
 _NOT_PICTURES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".dcm")
 
 
@@ -290,9 +290,9 @@ def load_slice(image: Any) -> tuple[np.ndarray, bool]:
         )
     if array.ndim != 2:
         raise ValueError(f"Got shape {array.shape}: pass one slice of shape (H, W), e.g. volume[:, :, k].")
-    if min(array.shape) < _SMALLEST_SIDE:
+    if min(array.shape) < SMALLEST_SIDE:
         raise ValueError(
-            f"Got {array.shape[0]}x{array.shape[1]} pixels: a slice needs at least {_SMALLEST_SIDE} pixels a side."
+            f"Got {array.shape[0]}x{array.shape[1]} pixels: a slice needs at least {SMALLEST_SIDE} pixels a side."
         )
     is_picture = array.dtype == np.uint8 or (isinstance(image, Image.Image) and array.dtype == np.uint16)
     if is_picture:

@@ -177,6 +177,7 @@ def test_another_evaluation_in_the_folder_is_refused(runs, scans):
         (["--phantom-cases", 1, "--routes", "brain/CT-T1"], 1, "brain/CT-T1"),
         (["--phantom-cases", 1, "--baseline", "magic"], 1, "choose one of copy, mapping, ceiling, or a folder"),
         (["--phantom-cases", 1, "--samples", 0], 2, "--samples"),
+        (["--phantom-cases", 1, "--phantom-slices", 3], 1, "pictures of 3 rows for whole-body/CT-PET"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, arguments, code, says):

@@ -36,6 +36,7 @@ from ..data.routes import ROUTES, Route
 from ..data.splits import hash_unit, write_whole
 from ..data.synermed import phantom_records
 from ..hub import as_dtype, check_folder, load_vae
+from ..image_processing_synermedgen import SMALLEST_SIDE
 from ..loading_synermedgen import weights_checksum
 from ..pipeline_synermedgen import SynerMedGenPipeline
 from .baselines import (
@@ -166,6 +167,13 @@ def evaluate(
     options |= {"slice_step": slice_step}
     with processes.main_process_first():
         builder, names = _open_pairs(options, list(routes), known)
+    if phantom_slices is not None and phantom_slices < SMALLEST_SIDE:
+        if turned := [name for name in names if name.startswith("whole-body/")]:
+            raise ValueError(
+                f"--phantom-slices {phantom_slices} leaves pictures of {phantom_slices} rows for {', '.join(turned)}: "
+                f"whole bodies are looked at from the front. Ask for at least {SMALLEST_SIDE} axial slices, or for all "
+                "of them and every so many of the pictures (--slice-step)."
+            )
     rows = builder.as_streaming_dataset(split=split)
     targets = {name.split("-")[-1] for name in names}
     if unknown := sorted(targets - codec.intensity.keys()):
