@@ -86,8 +86,11 @@ def script():
 
 @pytest.fixture(scope="module")
 def parse(script):
-    parser = TrlParser((script.UnderstandingArguments, SFTConfig, ModelConfig))
-    return lambda arguments: parser.parse_args_and_config(arguments)
+    def parse(arguments):
+        # A parser of its own each time: what a recipe sets would stay its defaults.
+        return TrlParser((script.UnderstandingArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
+
+    return parse
 
 
 @pytest.fixture(scope="module")

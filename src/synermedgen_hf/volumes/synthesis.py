@@ -197,7 +197,10 @@ def synthesize_volume(
                         callback(done, total)
                 if overlap:
                     _blend(into, inside, wanted, overlap, floor)
-                if squares is not None:
+                if squares is not None and sample == 0:
+                    # As it is: a rounding of the mean, times the way here from the floor, would be a variance.
+                    mean[:] = one
+                elif squares is not None:
                     change = one - mean
                     mean += change / (sample + 1)
                     squares += change * (one - mean)
