@@ -4,18 +4,21 @@
 
 BAGEL starts from SigLIP2's eyes and Qwen2.5's text. The toy starts from random numbers, and the understanding tasks
 alone do not take it from there: what is right depends on two images at once, and no single one of them gives a hint.
-Four short trainings on simulated patients stand in for a base.
+Five short trainings on simulated patients stand in for a base.
 
 1. Eyes: ViT and connector, by contrast and by name. Of many slices, which two show the same place in two modalities
    (InfoNCE over the mean token of an image, as CLIP does between image and text), and which modality is each? Contrast
    alone would make all modalities look the same.
 2. Places: the understanding expert sees one slice, then eight more, and after each of them `yes` or `no`: is it the
-   same place? Asked among other things, comparing was not learned at all.
-3. Letters: of four slices, which one? The question grows from its last words to all of them: from the start, it would
-   stand in the way of what has been learned.
+   same place? Asked among other things, comparing was not learned at all. The lower layers alone must tell: what the
+   last layer finds, no layer could use for a letter.
+3. Letters: of four slices, which one? Places go on beside it, lest the gradients of guessing undo comparing. Once
+   letters are learned, the question grows from its last words to all of them: from the start, it would stand in the way.
 4. Names: eight images in a row, each followed by its modality's name, or four, of which one after the other is asked
    for by name; with letters, lest they be forgotten. What counts is how many names are seen, and a row of Stage I has
    one.
+5. Changes: two modalities of a slice, then six descriptions of a change, and after each of them `yes` or `no`: is it
+   this one? Once that is learned, also the questions of TIA, which one of four; with letters and names all along.
 
 Stage I, `examples/train_understanding.py`, goes on from here.
 """
@@ -27,6 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 import torch
@@ -43,8 +47,15 @@ from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.phantom import PHANTOM_VERSION
 from synermedgen_hf.data.routes import MODALITIES
 from synermedgen_hf.data.synermed import load_phantom_case, phantom_records
-from synermedgen_hf.data.understanding import NAMED_SEQUENCES
-from synermedgen_hf.data.wordings import CLARIFIED, CTS_QUESTIONS, MI_QUESTIONS, region_name
+from synermedgen_hf.data.understanding import NAMED_SEQUENCES, wrong_pairs
+from synermedgen_hf.data.wordings import (
+    CLARIFIED,
+    CTS_QUESTIONS,
+    MI_QUESTIONS,
+    TIA_QUESTIONS,
+    describe,
+    region_name,
+)
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.optimization import MuonWithAdamW
@@ -59,7 +70,10 @@ from synermedgen_hf.processing_synermedgen import (
 SLICES = 8  # of a volume in a batch of contrast
 CANDIDATES = 8  # of a row of places
 NAMES = 8  # of a row of names
+DESCRIPTIONS = 6  # of a row of changes
 LETTERS = "ABCD"
+LEARNED = math.log(len(LETTERS)) / 4  # half the loss of guessing a letter, of which every second token is certain
+LOWER = 3  # layers, of five
 GAP_MM = 4.0  # between slices that are told apart, as in CTS
 
 
@@ -74,9 +88,11 @@ def parse_args(argv=None):
     parser.add_argument("--places_steps", type=int, default=600)
     parser.add_argument("--places_batch_size", type=int, default=48)
     parser.add_argument("--letters_steps", type=int, default=600)
-    parser.add_argument("--letters_batch_size", type=int, default=64)
+    parser.add_argument("--letters_batch_size", type=int, default=64, help="and a quarter as many of places")
     parser.add_argument("--names_steps", type=int, default=300)
     parser.add_argument("--names_batch_size", type=int, default=64)
+    parser.add_argument("--changes_steps", type=int, default=400)
+    parser.add_argument("--changes_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--letters_learning_rate", type=float, default=7e-4)
     parser.add_argument("--muon_learning_rate", type=float, default=0.02, help="of the ViT's matrices, for contrast")
@@ -210,8 +226,8 @@ class Comparisons:
         """A slice, then others of another modality (sometimes of the same): is it the same place?"""
         one, other, place, apart, _ = self.choose(rng)
         blocks, shown = [self.said("1"), self.image], [one + place]
-        for right in rng.random(CANDIDATES) < 0.5:
-            blocks += [self.image, self.answer("yes" if right else "no")]
+        for letter, right in zip(ascii_uppercase, rng.random(CANDIDATES) < 0.5, strict=False):
+            blocks += [self.said(letter), self.image, self.answer("yes" if right else "no")]
             shown.append(other + (place if right else rng.choice(apart)))
         return blocks, shown
 
@@ -248,6 +264,35 @@ class Comparisons:
         words = question.split()
         last = len(words) if rng.random() < 0.2 * (share > 0) else rng.integers(1, 2 + max(1, int(share * len(words))))
         return [*blocks, self.said(" ".join(words[-last:])), self.answer(LETTERS[answer])], shown
+
+    def change(self, rng, asked: bool):
+        """
+        A slice in two modalities, then descriptions: is it this change? If `asked`, a question of TIA instead, which of
+        the lettered ones is.
+        """
+        one, other, count, _, region = self.slices.pair(rng)
+        place = rng.integers(count)
+        source, target = self.slices.name(one), self.slices.name(other)
+        home, away = wrong_pairs(source, target, region)
+        wrong = (home or away)[rng.integers(len(home or away))]
+        directions = [(source, target), (target, source), wrong, wrong[::-1]]
+        blocks = [self.said("1"), self.image, self.said("2"), self.image]
+        if asked:
+            order = rng.permutation(len(directions))
+            lines = [
+                f"{letter}. {rng.choice(describe(*directions[which], region))}"
+                for letter, which in zip(LETTERS, order, strict=True)
+            ]
+            question = "\n".join([rng.choice(TIA_QUESTIONS), *lines])
+            blocks += [self.said(question), self.answer(LETTERS[order.tolist().index(0)])]
+        else:
+            for right in rng.random(DESCRIPTIONS) < 0.5:
+                direction = directions[0 if right else rng.integers(1, len(directions))]
+                blocks += [
+                    self.said(rng.choice(describe(*direction, region))),
+                    self.answer("yes" if right else "no"),
+                ]
+        return blocks, [one + place, other + place]
 
     def any_slice(self, rng) -> int:
         """Row of any slice of any volume."""
@@ -337,18 +382,33 @@ def main(args):
         with autocast():
             return contrast_loss(model, namer, slices, rows, temperature)
 
-    def places(step):
-        batch = comparisons.batch(partial(comparisons.place, rng(step, 2)), args.places_batch_size)
+    decoder = model.model.language_model
+    layers = decoder.layers
+
+    def place_loss(draw, count):
+        batch = comparisons.batch(partial(comparisons.place, draw), count)
+        decoder.layers = layers[:LOWER]
         with autocast():
-            return model(**batch).loss
+            loss = model(**batch).loss
+        decoder.layers = layers
+        return loss
+
+    def places(step):
+        return place_loss(rng(step, 2), args.places_batch_size)
+
+    recent, grown = [], 0.0
 
     def letters(step):
+        nonlocal grown
         draw = rng(step, 3)
-        # A quarter of the steps with one or two words, then more and more, the last third with all of them.
-        share = min(1.0, max(0.0, 2.4 * (step / args.letters_steps - 0.25)))
-        batch = comparisons.batch(partial(comparisons.letter, draw, share), args.letters_batch_size)
+        # One or two words until letters are learned, then more and more over a third of the steps.
+        if grown or (len(recent) >= 10 and np.mean(recent[-10:]) < LEARNED):
+            grown = min(1.0, grown + 3 / args.letters_steps)
+        asked = comparisons.batch(partial(comparisons.letter, draw, grown), args.letters_batch_size)
         with autocast():
-            return model(**batch).loss
+            loss = model(**asked).loss
+        recent.append(loss.item())
+        return loss + place_loss(draw, args.letters_batch_size // 4)
 
     def names(step):
         draw = rng(step, 4)
@@ -356,6 +416,25 @@ def main(args):
         batch = comparisons.batch(lambda: kinds[draw.integers(len(kinds))](draw), args.names_batch_size)
         with autocast():
             return model(**batch).loss
+
+    judged = []
+
+    def changes(step):
+        draw = rng(step, 5)
+        beside = (comparisons.name, comparisons.panel, partial(comparisons.letter, share=1.0))
+        kinds = [partial(comparisons.change, asked=False)]
+        if judged and np.mean(judged[-10:]) < LEARNED / 2:  # two answers to choose from
+            kinds.append(partial(comparisons.change, asked=True))
+        kinds.append(lambda draw: beside[draw.integers(len(beside))](draw))
+        loss = 0.0
+        for place, kind in enumerate(kinds):
+            batch = comparisons.batch(partial(kind, draw), args.changes_batch_size // (1 if place == 0 else 2))
+            with autocast():
+                part = model(**batch).loss
+            if place == 0:
+                judged.append(part.item())
+            loss = loss + part
+        return loss
 
     eyes, mind = (
         [(name, p) for name, p in model.named_parameters() if part_of(name) == part]
@@ -372,6 +451,7 @@ def main(args):
         "places": (places, mind, args.places_steps, {"lr": args.learning_rate}),
         "letters": (letters, mind, args.letters_steps, {"lr": args.letters_learning_rate}),
         "names": (names, mind, args.names_steps, {"lr": args.letters_learning_rate}),
+        "changes": (changes, mind, args.changes_steps, {"lr": args.letters_learning_rate}),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log_file = args.output_dir / "log.jsonl"
