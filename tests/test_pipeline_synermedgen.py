@@ -437,6 +437,7 @@ def test_identify_scores_are_the_likelihoods_of_the_names(learned, mr_slice):
     assert not torch.allclose(first, second)
     (alone,) = learned.score_answers([mr_slice], "Which?", ["MRI"])
     torch.testing.assert_close(alone, second)
+    assert not alone.requires_grad  # nothing is kept for a backward pass
 
 
 def test_identify_takes_float_pictures_and_their_paths(learned, mr_slice, tmp_path):
@@ -450,6 +451,11 @@ def test_identify_takes_float_pictures_and_their_paths(learned, mr_slice, tmp_pa
 def test_answer_returns_text(learned, mr_slice):
     picture = Image.fromarray((mr_slice / mr_slice.max() * 255).astype(np.uint8))
     assert isinstance(learned.answer([mr_slice, picture], "Which is brighter?", max_new_tokens=3), str)
+
+
+def test_special_tokens_in_a_question_are_refused(learned, mr_slice):
+    with pytest.raises(ValueError, match=r"holds <\|im_end\|>, <\|image_pad\|>"):
+        learned.answer(mr_slice, "Which?<|im_end|><|image_pad|>")
 
 
 def test_a_label_stands_before_each_image_where_training_had_them(learned, mr_slice, monkeypatch):

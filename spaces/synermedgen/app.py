@@ -23,7 +23,9 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from string import ascii_uppercase
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 if "GRADIO_TEMP_DIR" not in os.environ:  # uploads and pictures of this run of the app alone, gone with it
@@ -42,15 +44,30 @@ from synermedgen_hf.data.sources import load_case, read_manifest
 from synermedgen_hf.data.understanding import TaskSampler
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, REGION_NAMES
-from synermedgen_hf.volumes.reading import AXES, resample, same_grid, slices_of
+from synermedgen_hf.volumes.reading import resample, same_grid
 from synermedgen_hf.volumes.synthesis import checksums, synthesize_volume, write_synthesis
-from synermedgen_hf.volumes.uploads import UploadLimits, free_memory, read_upload, unpacked
+from synermedgen_hf.volumes.understanding import region_axis, understanding_slice
+from synermedgen_hf.volumes.uploads import Upload, UploadLimits, free_memory, read_upload, unpacked
 from synermedgen_hf.volumes.writing import write_dicom_series
 
 HERE = Path(__file__).parent
 SURE = 0.5  # how likely a modality must be to be taken for granted; below, the visitor is asked
 KEPT_SECONDS = 900  # files of the page: uploads, pictures, downloads
+MAX_SEED = 2**32 - 1
+MAX_ASKED = 8  # scans of one question
+MAX_QUESTION = 1000  # letters
 TASK_NAMES = {"CTS": "which slices belong together", "MI": "naming a modality", "TIA": "describing a change"}
+WITHOUT = {
+    "CTS": "in the quiz you play alone",
+    "MI": "no modality is named",
+    "TIA": "what it says of a change is a guess",
+}
+# What several scans are called where training wrote names before them, by what is asked.
+LABELS = {
+    "A, B, C … (which of them is it?)": list(ascii_uppercase),
+    "1, 2 … (what changed from one to the other?)": [str(number) for number in range(1, MAX_ASKED + 1)],
+    "1, then A, B, C … (which one belongs to the first?)": ["1", *ascii_uppercase],
+}
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 AT_ONCE = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 
@@ -111,10 +128,21 @@ class Work:
             raise self.error
 
 
-def said(error: Exception) -> gr.Error:
-    """What is wrong, in the package's own words; of an `OSError`, which names visitors' files, only the kind."""
-    text = error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
-    return gr.Error(html.escape(text), duration=None, print_exception=False, title="That did not work")
+@contextmanager
+def mistakes_told():
+    """What is wrong is said in the package's own words; of an `OSError`, which names visitors' files, only the kind."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        text = "The scan needs more memory than this machine has. Crop or resample it, or choose fewer targets."
+    except OSError as error:
+        text = error.strerror or type(error).__name__
+    except (ValueError, ImportError) as error:
+        text = str(error)
+    raise gr.Error(html.escape(text), duration=None, print_exception=False, title="That did not work")
 
 
 def status(text: str, share: float | None = None) -> str:
@@ -142,6 +170,7 @@ class App:
         self.results = Results(max_bytes=free_memory() // 4)
         self.cases = read_manifest(HERE / "examples" / "manifest.csv")[0]
         self.quiz = TaskSampler(len(self.cases), lambda number: load_case(self.cases[number]), tasks=("CTS",))
+        self.quiz_lock = threading.Lock()  # asking does not wait for the model, answering does: two threads
 
     # ---- what the checkpoint can do ----
 
@@ -173,67 +202,68 @@ class App:
             return ""
         if len(missing) == len(TASK_NAMES):
             return (
-                "This checkpoint has not been trained on the understanding tasks: it synthesises, but it cannot name a "
-                "modality or answer questions. Those parts of the page are switched off."
+                "This checkpoint has not been trained on the understanding tasks: it synthesises, but it names no "
+                "modality and answers no question. These buttons are switched off; in the quiz you play alone."
             )
-        return (
-            f"This checkpoint has not been trained on {', '.join(missing)}. Those parts of the page are switched off."
-        )
+        without = "; ".join(WITHOUT[task] for task in TASK_NAMES if not self.learned(task))
+        return f"This checkpoint has not been trained on {', '.join(missing)}: {without}."
 
     # ---- a scan comes in ----
 
-    def read(self, scan: str | None, modality: str | None = None):
-        """The upload, and its volume in the units of `modality`."""
+    def read(self, scan: str | None) -> Upload:
         if not scan:
-            raise gr.Error("Choose a scan first: upload one or take an example.", print_exception=False)
-        try:
-            upload = read_upload(scan, self.limits)
-        except FileNotFoundError:
-            raise ValueError(
-                f"This upload is no longer kept after {KEPT_SECONDS // 60} minutes: send it again."
-            ) from None
-        return upload, upload.in_scanner_units(modality, self.codec) if modality else upload.volume
+            raise ValueError("Choose a scan first: upload one or take an example.")
+        self.check_kept(scan)
+        return read_upload(scan, self.limits)
 
-    def middle_slice(self, volume, region: str | None = None) -> np.ndarray:
-        """Cut as the training data of the region were; a single slice is axial."""
-        axis = AXES.get(region, "axial") if volume.array.shape[2] > 1 else "axial"
-        slices = slices_of(volume, axis)
-        return np.ascontiguousarray(slices[len(slices) // 2])
+    def check_kept(self, scan: str):
+        if not Path(scan).exists():
+            raise ValueError(f"This upload is no longer kept after {KEPT_SECONDS // 60} minutes: send it again.")
 
-    def recognise(self, scan: str | None, region: str | None) -> tuple[dict, str | None]:
-        """Probabilities of the modalities for the middle slice, and the modality that the file itself states."""
-        upload, volume = self.read(scan)
-        stated = getattr(volume, "modality", None)
+    def picture_of(self, upload: Upload, region: str | None) -> Image.Image:
+        """The slice that the model looks at to understand a scan."""
+        window = None if upload.white is None else (0, upload.white)
+        return understanding_slice(upload.volume, region_axis(upload.volume, region or None), window)
+
+    def recognise(self, upload: Upload, region: str | None) -> tuple[str | None, dict[str, float]]:
+        """What a scan is, by its file or by the model where that is sure, and the model's probabilities."""
+        stated = upload.volume.modality
         if not self.learned("MI"):
-            return {}, stated
-        return self.pipe.identify(self.middle_slice(volume, region))["probabilities"], stated
+            return stated, {}
+        found = self.pipe.identify(self.picture_of(upload, region))
+        sure = found["modality"] if found["probability"] >= SURE else None
+        return stated or sure, found["probabilities"]
 
     def look_at(self, scan: str | None, source: str | None, region: str | None, wanted: str | None = None):
         """A new scan: what it is, as far as anybody can tell, and what can be made of it, `wanted` first."""
         if not scan:
-            return None, "<p class=seen>Nothing uploaded yet.</p>", None, self.offer(None, region)
-        try:
-            probabilities, stated = self.recognise(scan, region)
-            upload, volume = self.read(scan)
-        except (ValueError, OSError, ImportError) as error:
-            raise said(error) from None
-        array = self.middle_slice(volume, region)
-        preview = to_display(array, (float(array.min()), float(array.max()) or 1.0))
-        size = " × ".join(str(side) for side in volume.array.shape) if upload.white is None else "one slice"
+            return None, "<p class=seen>Nothing uploaded yet.</p>", source, self.offer(source, region)
+        with mistakes_told():
+            upload = self.read(scan)
+            preview = self.picture_of(upload, region)
+            recognised, probabilities = self.recognise(upload, region)
+        stated = upload.volume.modality
+        size = " × ".join(str(side) for side in upload.volume.array.shape) if upload.white is None else "one slice"
         lines = [f"{upload.format}, {size}"]
         if stated:
             lines.append(f"the file says {MODALITY_NAMES.get(stated, stated)}")
         if probabilities:
             best = max(probabilities, key=probabilities.get)
             lines.append(f"the model sees {MODALITY_NAMES[best]} ({probabilities[best]:.0%} sure)")
-            source = stated or (best if probabilities[best] >= SURE else None)
-        elif stated:
-            source = stated
-        else:
+        source = source or recognised
+        if not source and not probabilities:
             lines.append("say below what it is: this checkpoint has not learned to tell")
         source = source if source in self.sources() else None
         seen = f"<p class=seen>{'; '.join(map(html.escape, lines))}.</p>"
         return preview, seen, source, self.offer(source, region, wanted)
+
+    def look_again(self, scan: str | None, source: str | None, region: str | None):
+        """The same scan as one of another region: what the visitor has chosen meanwhile stays."""
+        return self.look_at(scan, source, region)[:2]
+
+    def forget_the_scan(self):
+        """Source, region, reference and its modality, of which another scan knows nothing."""
+        return None, "", None, ""
 
     def offer(self, source: str | None, region: str | None, wanted: str | None = None):
         """The targets that this checkpoint was trained for."""
@@ -262,18 +292,34 @@ class App:
     def make(self, scan, targets, source, region, steps, guidance, image_guidance, seed, samples, reference=None):
         """Everything is checked, then target after target is made. Yields `(share done, text)`, last the result."""
         begin = time.monotonic()
-        if not source:
-            raise ValueError("Say which modality the scan is: this checkpoint was not asked, or cannot tell.")
-        if not targets:
+        if not targets or None in targets:
             raise ValueError("Choose at least one target.")
+        if None in (steps, guidance, image_guidance, samples):
+            raise ValueError("Steps, guidance and the number of seeds are numbers: leave none of them empty.")
+        if seed is None or not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"The seed is a whole number from 0 to {MAX_SEED}.")
+        upload = None
+        if not source:
+            upload = self.read(scan)
+            source, _ = self.recognise(upload, region)
+            if not source:
+                raise ValueError("Say which modality the scan is: neither its file nor this checkpoint can tell.")
         for target in targets:
             self.pipe.check_route([source], target, region or None)
-        upload, volume = self.read(scan, source)
+        upload = upload or self.read(scan)
+        volume = upload.in_scanner_units(source, self.codec)
         arguments = {"source": source, "region": region or None, "seed": int(seed), "num_samples": int(samples)}
         arguments |= {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
         arguments |= {"image_guidance_scale": float(image_guidance), "progress": False, "weights": self.weights}
         if upload.white is not None:  # a picture is one axial slice, whatever the target
             arguments["axis"] = "axial"
+        measured = None
+        if reference is not None:
+            path, modality = reference
+            measured = self.read(path).in_scanner_units(modality, self.codec)
+            if not same_grid(measured, volume):
+                gr.Warning("The reference lies on another grid and was resampled onto the scan's.")
+                measured = resample(measured, volume, self.codec.intensity[modality]["low"])
         syntheses = {}
         for number, target in enumerate(targets):
             work = Work(
@@ -294,6 +340,7 @@ class App:
         result = Result(
             source=layer_of(source, source, volume, axis, self.codec),
             spacing=in_plane(volume, axis),
+            upload=scan,
             syntheses=syntheses,
         )
         for target, synthesis in syntheses.items():
@@ -301,13 +348,8 @@ class App:
             result.made[target] = layer_of(title, target, synthesis.volume, axis, self.codec)
             if synthesis.std is not None:
                 result.spread[target] = layer_of("Spread over seeds", target, synthesis.std, axis, self.codec)
-        if reference is not None:
-            path, target = reference
-            measured = read_upload(path, self.limits).in_scanner_units(target, self.codec)
-            if not same_grid(measured, volume):
-                gr.Warning("The reference lies on another grid and was resampled onto the scan's.")
-                measured = resample(measured, volume, self.codec.intensity[target]["low"])
-            result.reference = layer_of(f"Reference {target}", target, measured, axis, self.codec)
+        if measured is not None:
+            result.reference = layer_of(f"Reference {modality}", modality, measured, axis, self.codec)
         yield 1.0, result
 
     def run(
@@ -333,13 +375,12 @@ class App:
         )
         try:
             yield status("Checking the scan", 0.0)
-            for share, told in work:
-                if isinstance(told, Result):
-                    self.results.put(request.session_hash, told)
-                else:
-                    yield status(html.escape(told), share)
-        except (ValueError, OSError, ImportError) as error:
-            raise said(error) from None
+            with mistakes_told():
+                for share, told in work:
+                    if isinstance(told, Result):
+                        self.results.put(request.session_hash, told)
+                    else:
+                        yield status(html.escape(told), share)
         finally:
             work.close()
         yield status(f"Done in {time_left(time.monotonic() - begin)}.")
@@ -398,21 +439,19 @@ class App:
 
     # ---- taking away ----
 
-    def write(self, form, target, index, scan, keep_tags, request: gr.Request):
+    def write(self, form, target, index, keep_tags, request: gr.Request):
         """Files of what is looked at, each with its side-car; none carries a tag of the patient unless asked."""
         result = self.result_of(request)
         if target not in result.made:
             return gr.skip()
-        try:
-            return self.files(result, form, target, int(index), scan, bool(keep_tags))
-        except (ValueError, OSError, ImportError) as error:
-            raise said(error) from None
+        with mistakes_told():
+            return self.files(result, form, target, int(index), bool(keep_tags))
 
     def write_picture(self, form, *taken, request: gr.Request):
         """Another slice: only the file of a single slice has to be written again."""
         return self.write(form, *taken, request) if form == "PNG of this slice" else gr.skip()
 
-    def files(self, result: Result, form: str, target: str, index: int, scan: str | None, keep_tags: bool) -> list[str]:
+    def files(self, result: Result, form: str, target: str, index: int, keep_tags: bool = False) -> list[str]:
         # In the folder that gradio serves from and clears away, under a name that nobody can guess.
         folder = Path(get_upload_folder()) / secrets.token_hex(20)
         folder.mkdir(parents=True)
@@ -430,7 +469,8 @@ class App:
             levels = {"slice": index, "black": low, "white": high, "levels": 65535, "unit": made.unit}
             sidecar.write_text(json.dumps({**synthesis.record, "png": levels}, indent=2) + "\n")
         else:
-            with unpacked(scan, self.limits) as (series, format):
+            self.check_kept(result.upload)
+            with unpacked(result.upload, self.limits) as (series, format):
                 if format != "DICOM":
                     raise ValueError(
                         "A derived DICOM series needs the DICOM series it is derived from: upload it as a zip."
@@ -443,31 +483,45 @@ class App:
 
     # ---- understanding ----
 
-    def name_modality(self, scan: str | None) -> dict[str, float]:
-        """Probability of each modality for the middle slice of a scan."""
-        try:
-            probabilities = self.pipe.identify(self.middle_slice(self.read(scan)[1]))["probabilities"]
-        except (ValueError, OSError, ImportError) as error:
-            raise said(error) from None
+    def name_modality(self, scan: str | None, region: str | None = None) -> dict[str, float]:
+        """Probability of each modality for the middle slice of a scan, cut as scans of the region are."""
+        with mistakes_told():
+            probabilities = self.pipe.identify(self.picture_of(self.read(scan), region))["probabilities"]
         return {MODALITY_NAMES[name]: share for name, share in probabilities.items()}
 
-    def answer(self, scans: list[str] | None, question: str) -> str:
-        """The model's answer to a question about one or several scans, the middle slice of each."""
-        try:
-            if not (question or "").strip():
+    def answer(
+        self, scans: list[str] | None, question: str, region: str | None = None, labels: str | None = None
+    ) -> str:
+        """
+        The model's answer to a question about one or several scans of a region, the middle slice of each. `labels` says
+        what the question calls several scans; only weights that were trained with such names see them.
+        """
+        with mistakes_told():
+            question = (question or "").strip()
+            if not question:
                 raise ValueError("Ask a question first.")
+            if len(question) > MAX_QUESTION:
+                raise ValueError(f"The question has {len(question):,} letters; at most {MAX_QUESTION:,} are taken.")
             if not scans:
                 raise ValueError("Add at least one scan to ask about.")
-            return self.pipe.answer([self.middle_slice(self.read(scan)[1]) for scan in scans], question.strip())
-        except (ValueError, OSError, ImportError) as error:
-            raise said(error) from None
+            if len(scans) > MAX_ASKED:
+                raise ValueError(f"These are {len(scans)} scans; at most {MAX_ASKED} are taken in one question.")
+            names = None
+            if self.config.label_images and len(scans) > 1:
+                names = LABELS[labels or next(iter(LABELS))][: len(scans)]
+            pictures = [self.picture_of(self.read(scan), region) for scan in scans]
+            return self.pipe.answer(pictures, question, labels=names)
+
+    def quiz_row(self, index: int) -> dict | None:
+        with self.quiz_lock:
+            return self.quiz[index]
 
     def ask(self, score: dict):
         """A new question of the quiz."""
         row = None
         while row is None:
             index = random.randrange(len(self.quiz))
-            row = self.quiz[index]
+            row = self.quiz_row(index)
         reference, *candidates = row["images"]
         source, target = (MODALITY_NAMES[name] for name in row["route"].split("/")[1].split("-"))
         labelled = [(image, letter) for image, letter in zip(candidates, row["options"], strict=True)]
@@ -480,7 +534,7 @@ class App:
         """The truth, the visitor's choice and, where it has learned to choose, the model's."""
         if choice is None or score["index"] is None:
             return score, gr.skip(), gr.skip()
-        row = self.quiz[score["index"]]
+        row = self.quiz_row(score["index"])
         right = row["answer"]
         score = {**score, "index": None, "asked": score["asked"] + 1, "you": score["you"] + (choice == right)}
         told = [f"It is <b>{right}</b>. You chose {choice}" + (", which is right." if choice == right else ".")]
@@ -500,21 +554,21 @@ class App:
     def synthesize(self, scan, target, source, region, steps, guidance, image_guidance, seed, samples):
         """
         Synthesise one target from a scan: a picture of the middle slice over the target's window, the volume as NIfTI
-        on the grid of the scan, and the record of how it was made.
+        on the grid of the scan, and the record of how it was made. Without a source, the scan is what its file says or
+        what the model is sure to see.
         """
         work = self.make(scan, [target], source, region, steps, guidance, image_guidance, seed, samples)
         try:
-            for _, told in work:
-                if isinstance(told, Result):
-                    made = told.made[target]
-                    middle = (len(made.slices) - 1) // 2
-                    volume = self.files(told, "NIfTI", target, middle, scan, False)
-                    nifti = next(path for path in volume if path.endswith(".nii.gz"))
-                    yield to_display(made.slices[middle], made.window), nifti, told.syntheses[target].record
-                else:  # nothing new, but a place where a caller who left can be noticed
-                    yield gr.skip(), gr.skip(), gr.skip()
-        except (ValueError, OSError, ImportError) as error:
-            raise said(error) from None
+            with mistakes_told():
+                for _, told in work:
+                    if isinstance(told, Result):
+                        made = told.made[target]
+                        middle = (len(made.slices) - 1) // 2
+                        volume = self.files(told, "NIfTI", target, middle)
+                        nifti = next(path for path in volume if path.endswith(".nii.gz"))
+                        yield to_display(made.slices[middle], made.window), nifti, told.syntheses[target].record
+                    else:  # nothing new, but a place where a caller who left can be noticed
+                        yield gr.skip(), gr.skip(), gr.skip()
         finally:
             work.close()
 
@@ -541,7 +595,7 @@ class App:
                 with gr.Tab("Synthesise", id="synthesise"):
                     self._build_synthesis(modalities, regions, sampling)
                 with gr.Tab("Understand", id="understand"):
-                    self._build_understanding(lesson)
+                    self._build_understanding(regions, lesson)
                 with gr.Tab("About", id="about"):
                     gr.HTML(self._about(notice, lesson))
             gr.HTML(f"<footer role=note>{html.escape(notice)}</footer>", elem_id="notice")
@@ -595,7 +649,7 @@ class App:
                     image_guidance = gr.Slider(
                         1, 5, sampling["image_guidance_scale"], step=0.1, label="Guidance by the image"
                     )
-                    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                    seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", elem_id="seed")
                     samples = gr.Slider(
                         1,
                         8,
@@ -668,12 +722,15 @@ class App:
         examples.select(self.take_example, None, known, **private).success(
             self.look_at, [*heard, reference_target], recognised, show_progress="hidden", **private, **ONE_AT_A_TIME
         )
-        # Of another scan nothing is known: neither modality nor reference of the one before.
-        scan.upload(lambda: (None, None), None, [source, reference], **AT_ONCE).then(
+        # Of another scan nothing is known: neither modality and region nor reference of the one before.
+        scan.upload(self.forget_the_scan, None, known[1:], **AT_ONCE).then(
             self.look_at, heard, recognised, show_progress="hidden", **private, **ONE_AT_A_TIME
         )
-        scan.clear(self.look_at, heard, recognised, **private)
+        scan.clear(self.forget_the_scan, None, known[1:], **AT_ONCE).then(self.look_at, heard, recognised, **private)
         gr.on([source.input, region.input], self.offer, [source, region], targets, **AT_ONCE)
+        # Scans of another region are cut along another axis.
+        again = {"show_progress": "hidden", "trigger_mode": "always_last", **private, **ONE_AT_A_TIME}
+        region.input(self.look_again, heard, recognised[:2], **again)
 
         settings = [scan, targets, source, region, steps, guidance, image_guidance, seed, samples]
         inputs = [*settings, reference, reference_target]
@@ -681,7 +738,7 @@ class App:
         cancel.click(lambda: status("Cancelled."), None, progress, cancels=[running], **AT_ONCE)
 
         painted = [shown, view, index, source_window, target_window]
-        taken = [form, shown, index, scan, keep_tags]
+        taken = [form, shown, index, keep_tags]
         shown_now = running.success(self.show, None, [shown, index, looking, empty], **AT_ONCE)
         shown_now = shown_now.success(self.choose, shown, [view, source_window, target_window], **AT_ONCE)
         shown_now = shown_now.success(self.paint, painted, [pictures, values], **AT_ONCE)
@@ -711,10 +768,11 @@ class App:
             **ONE_AT_A_TIME,
         )
 
-    def _build_understanding(self, lesson: str):
+    def _build_understanding(self, regions, lesson: str):
         private = {"api_visibility": "private"}
         if lesson:
             gr.HTML(f"<div class=lesson role=note>{lesson}</div>")
+        region = gr.Dropdown(regions, value="", label="Region of the scans", elem_id="asked-region")
         with gr.Row():
             with gr.Column(min_width=320):
                 gr.HTML("<h2>Name the modality</h2>")
@@ -729,7 +787,19 @@ class App:
                     height=140,
                     elem_id="asked",
                 )
-                question = gr.Textbox(label="question", placeholder="Which modality is this image?", elem_id="question")
+                question = gr.Textbox(
+                    label="question",
+                    placeholder="Which modality is this image?",
+                    info=f"At most {MAX_QUESTION:,} letters.",
+                    max_length=MAX_QUESTION,
+                    elem_id="question",
+                )
+                labels = gr.Dropdown(
+                    list(LABELS),
+                    label="the question calls several scans",
+                    visible=self.config.label_images,
+                    elem_id="labels",
+                )
                 can_answer = bool(self.config.trained_tasks)
                 ask = gr.Button("Ask", variant="primary", interactive=can_answer, elem_id="ask")
                 answer = gr.Textbox(label="answer", interactive=False, elem_id="answer")
@@ -765,8 +835,8 @@ class App:
         with gr.Row():
             choice = gr.Radio(["A", "B", "C", "D"], label="Your choice", interactive=False, elem_id="choice")
             following = gr.Button("New question", elem_id="next-question")
-        identify.click(self.name_modality, unnamed, named, api_name="identify", **ONE_AT_A_TIME)
-        ask.click(self.answer, [asked, question], answer, api_name="answer", **ONE_AT_A_TIME)
+        identify.click(self.name_modality, [unnamed, region], named, api_name="identify", **ONE_AT_A_TIME)
+        ask.click(self.answer, [asked, question, region, labels], answer, api_name="answer", **ONE_AT_A_TIME)
         following.click(self.ask, score, [score, shown, candidates, choice, told], **private)
         choice.input(self.check, [score, choice], [score, told, choice], **private, **ONE_AT_A_TIME)
 

@@ -67,11 +67,13 @@ class Result:
         source, reference ([`Layer`]): The scan, and what was measured in the target's modality, if it was given.
         made, spread (`dict[str, Layer]`): Target to synthesis, and to its deviation over seeds if there were several.
         spacing (`tuple[float, float]`): mm between rows and columns.
+        upload (`str`): The file that the scan was read from.
         syntheses (`dict`): Target to [`VolumeSynthesis`], to be written.
     """
 
     source: Layer
     spacing: tuple[float, float]
+    upload: str
     made: dict[str, Layer] = field(default_factory=dict)
     spread: dict[str, Layer] = field(default_factory=dict)
     reference: Layer | None = None

@@ -800,7 +800,8 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
 
         Args:
             image: One slice, as for [`~SynerMedGenPipeline.__call__`]. An array is windowed over its own range, since
-                its modality is what is asked.
+                its modality is what is asked. A grey picture of 8 bits is shown as it is: of a volume, best the one
+                that `synermedgen_hf.volumes.understanding.understanding_slice` makes, which is what training showed.
 
         Returns:
             `dict`: `modality`, its `probability`, and `probabilities` of all modalities, from the likelihood of each
@@ -822,8 +823,8 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
         Answer a question about one or several images, which come before the question.
 
         Args:
-            images: One image or a list, as for [`~SynerMedGenPipeline.__call__`].
-            question (`str`): Any text.
+            images: One image or a list, as for [`~SynerMedGenPipeline.identify`].
+            question (`str`): Any text without the tokenizer's special tokens.
             max_new_tokens (`int`, defaults to 64): Upper bound of the answer's length.
             labels (`list[str]`, *optional*): Written before each image. By default there are none, but for a model that
                 was trained with labels (`config.label_images`): there, several images are called A, B, C and so on.
@@ -832,10 +833,16 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
             `str`
 
         Raises:
-            `ValueError`: The weights have learned no understanding task, or there are more or fewer labels than images.
+            `ValueError`: The weights have learned no understanding task, there are more or fewer labels than images, or
+                the question holds special tokens.
         """
         tasks = self.model.config.trained_tasks
         self.check_task(tasks[0] if tasks else "any", "answer questions")
+        # They would end the question, or stand for images that are not there.
+        if special := [token for token in self.processor.tokenizer.get_added_vocab() if token in question]:
+            raise ValueError(
+                f"The question holds {', '.join(special)}, which are no words to these weights: leave them out."
+            )
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         inputs = self.question_inputs(images, question, labels)
         # generate() encodes the images before it calls forward, where offloading would bring the model in.
@@ -861,6 +868,7 @@ class SynerMedGenPipeline(HubMixin, DiffusionPipeline):
         windows = [own_window(image) for image in images]
         return self.processor(text=text, images=images, window=windows, return_tensors="pt").to(self._execution_device)
 
+    @torch.no_grad()
     def score_answers(
         self, images: list, question: str, answers: list[str], labels: list[str] | None = None
     ) -> torch.Tensor:

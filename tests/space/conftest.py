@@ -40,16 +40,39 @@ def space(tmp_path_factory):
     log = open(folder.parent / "space.log", "wb")
     process = subprocess.Popen([sys.executable, SPACE / "app.py"], env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            break
-        except OSError:
-            assert process.poll() is None, (folder.parent / "space.log").read_text()
-            time.sleep(0.25)
-    yield {"address": address, "process": process, "folder": folder, "log": folder.parent / "space.log"}
-    process.terminate()
-    process.wait(20)
+    try:
+        for _ in range(960):  # a busy machine is slow to begin
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, (folder.parent / "space.log").read_text()
+                time.sleep(0.25)
+        else:
+            pytest.fail("The app did not start within four minutes.")
+        yield {"address": address, "process": process, "folder": folder, "log": folder.parent / "space.log"}
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def app_module(tmp_path_factory):
+    """`app.py` as a module of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SPACE)
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("app")))
+        import app
+
+        yield app
+
+
+@pytest.fixture
+def app(app_module):
+    """The app around the bundled weights, told that they have learned everything."""
+    pipe = app_module.load_pipeline()
+    pipe.model.config.trained_tasks = ["CTS", "MI", "TIA"]
+    return app_module.App(pipe)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Needs Debian's `chromium` and `chromium-driver` (or whatever selenium finds). Sc
 """
 
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -16,6 +17,7 @@ import pydicom
 import pytest
 from gradio_client import Client, handle_file
 from selenium import webdriver
+from selenium.webdriver import ActionChains
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -26,6 +28,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on this machine")
 PATIENCE = 90  # seconds
+QUICK = {"target": "CT", "source": "MRI", "region": "brain", "steps": 1, "api_name": "/synthesize"}
 
 
 class Page:
@@ -77,9 +80,9 @@ class Page:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
         found.click()
 
-    def synthesize_mri(self, steps, samples):
-        """The first target of an upload that is an MRI, with settings of one's own."""
-        self.choose("#source", "MRI")
+    def synthesize(self, source, steps, samples):
+        """The first target of an upload that is a `source`, with settings of one's own."""
+        self.choose("#source", source)
         self.wait(lambda: self.all("#targets input[type=checkbox]"), "targets")
         self.click("#advanced button.label-wrap")
         self.fill("#steps", steps)
@@ -94,6 +97,19 @@ class Page:
         self.wait(lambda: [one for one in self.all("ul[role=listbox] li") if one.text.strip("✓ \n") == label])[
             0
         ].click()
+
+    def press(self, *keys):
+        """Keys, wherever the focus is."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def tab_to(self, selector):
+        """Onwards with the tabulator until the focus lies there, and can be seen to."""
+        focused = "return Boolean(document.activeElement.closest(arguments[0]))"
+        for _ in range(60):
+            self.press(Keys.TAB)
+            if self.driver.execute_script(focused, selector):
+                return
+        raise AssertionError(f"The tabulator does not lead to {selector}.")
 
     def shoot(self, name):
         self.driver.save_screenshot(str(self.pictures / f"{name}.png"))
@@ -132,6 +148,13 @@ def visit(space, tmp_path, pictures):
     yield open_page
     for driver in drivers:
         driver.quit()
+
+
+def model_is_free(space, scan):
+    """One request after the other: whoever comes now would wait for work that goes on."""
+    begin = time.monotonic()
+    Client(space["address"], verbose=False, download_files=False).predict(scan=handle_file(scan), **QUICK)
+    assert time.monotonic() - begin < 30
 
 
 def test_from_the_upload_to_the_volume(visit, scan):
@@ -173,7 +196,7 @@ def test_the_spread_of_seeds_and_a_derived_series(visit, series, tmp_path):
     page = visit()
     page.upload("#scan", series)
     page.wait(lambda: "DICOM" in page.text(".seen"), "the series to be read")
-    page.synthesize_mri(steps=1, samples=2)
+    page.synthesize("MRI", steps=1, samples=2)
     page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
     page.pick("#view", "Spread over seeds")
     page.wait(lambda: "Spread over seeds" in page.text("#values"), "the spread")
@@ -197,13 +220,78 @@ def test_the_spread_of_seeds_and_a_derived_series(visit, series, tmp_path):
 def test_a_closed_tab_stops_the_work(visit, scan, space):
     page = visit()
     page.upload("#scan", scan)
-    page.synthesize_mri(steps=100, samples=8)
+    page.synthesize("MRI", steps=100, samples=8)
     page.wait(lambda: "slice" in page.text("#progress"), "the synthesis to begin")
     page.driver.close()
-    begin = time.monotonic()  # one after the other: whoever comes next would wait for it
-    quick = {"target": "CT", "source": "MRI", "region": "brain", "steps": 1, "api_name": "/synthesize"}
-    Client(space["address"], verbose=False, download_files=False).predict(scan=handle_file(scan), **quick)
-    assert time.monotonic() - begin < 30
+    model_is_free(space, scan)
+
+
+def test_cancelling_stops_the_work(visit, scan, space):
+    page = visit()
+    page.upload("#scan", scan)
+    page.synthesize("MRI", steps=100, samples=8)
+    page.wait(lambda: "slice" in page.text("#progress"), "the synthesis to begin")
+    page.click("#cancel")
+    page.wait(lambda: page.text("#progress") == "Cancelled.", "the word that it is cancelled")
+    model_is_free(space, scan)
+    assert page.text("#progress") == "Cancelled." and not page.all("#pictures img")
+
+
+def test_another_target_chosen_during_a_run_is_for_the_next_one(visit, scan):
+    page = visit()
+    page.upload("#scan", scan)
+    page.synthesize("T1-weighted MRI", steps=100, samples=2)
+    page.wait(lambda: "slice" in page.text("#progress"), "the synthesis to begin")
+    first, second = page.all("#targets input[type=checkbox]")[:2]
+    first.click()
+    second.click()
+    assert "slice" in page.text("#progress")  # while it runs
+    page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
+    page.wait(lambda: "Synthetic T1CE" in page.text("#values"), "what was asked for first")
+    page.click("#start")
+    page.wait(lambda: "Synthetic T2" in page.text("#values"), "what was asked for then")
+
+
+def test_the_handle_of_the_pictures_moves(visit):
+    page = visit()
+    page.click("#examples button")
+    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
+    page.click("#start")
+    page.wait(lambda: len(page.all("#pictures img")) == 2, "the pictures")
+
+    def hidden():
+        """The share of the right picture that lies under the left one."""
+        style = page.all("#pictures img")[1].get_attribute("style")
+        return float(re.search(r"inset\(.* ([\d.]+)%\)", style)[1])
+
+    middle = page.wait(hidden)
+    handle = page.one("#pictures [data-testid=slider] .inner")
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+    for way in (-1, 1):
+        ActionChains(page.driver).drag_and_drop_by_offset(handle, way * 150, 0).perform()
+        page.wait(lambda way=way: (hidden() - middle) * way > 5, "the handle to follow")
+        page.shoot(f"handle{way:+d}")
+        ActionChains(page.driver).drag_and_drop_by_offset(handle, -way * 150, 0).perform()
+
+
+def test_everything_by_the_keyboard(visit):
+    page = visit()
+    page.tab_to("#examples button")
+    page.press(Keys.ENTER)
+    page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
+    page.tab_to("#targets input")
+    page.tab_to("#start")
+    outline = "const style = getComputedStyle(document.activeElement); return style.outlineStyle"
+    assert page.driver.execute_script(outline) == "solid"  # where one is can be seen
+    page.press(Keys.ENTER)
+    page.wait(lambda: "Synthetic CT" in page.text("#values"), "the synthesis")
+    before = page.text("#values")
+    page.tab_to("#slice input[type=range]")
+    page.press(Keys.ARROW_RIGHT)
+    page.wait(lambda: page.text("#values") != before, "the values of another slice")
+    page.tab_to("#form input")
+    page.press(Keys.ARROW_RIGHT)
+    page.wait(lambda: [one for one in page.all("#files a") if ".mha" in (one.get_attribute("href") or "")], "an .mha")
 
 
 def test_an_example_with_its_reference_on_a_phone(visit):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from synermedgen_hf import SynerMedGenPipeline, Volume, read_volume, synthesize_volume, write_synthesis
+from synermedgen_hf.volumes.understanding import understanding_slice
 
 QUICK = {"source": "MRI", "target": "CT", "num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
 TILT = nibabel.eulerangles.euler2mat(0.2, -0.1, 0.15)
@@ -102,6 +103,14 @@ def test_the_default_axis_is_that_of_the_training_data(pipe):
     pet = Volume(head().array / 100, head().affine)
     arguments = {**QUICK, "source": "PET"}
     assert synthesize_volume(pipe, pet, **arguments, region="whole-body").record["axis"] == "coronal"
+
+
+def test_an_unknown_source_is_looked_at_as_training_shows_it(pipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipe, "identify", lambda image: seen.append(image) or {"modality": "MRI"})
+    made = synthesize_volume(pipe, head(), region="whole-body", **{**QUICK, "source": None})
+    assert made.record["sources"] == ["MRI"]
+    assert np.array_equal(seen, [understanding_slice(head(), "coronal")])
 
 
 def test_one_slice_is_a_volume_too(pipe):

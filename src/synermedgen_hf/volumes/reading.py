@@ -110,6 +110,14 @@ def read_volume(path: str | Path, series_uid: str | None = None, modality: str |
     return volume
 
 
+def check_finite(volume: Volume, what: str):
+    """Raise a `ValueError` for a volume with voxels that are no numbers; `what` it is called."""
+    if volume.array.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(volume.array)))):
+        raise ValueError(
+            f"{bad} voxels of {what} are NaN or infinite: replace them first, by the value of air or of the background."
+        )
+
+
 def same_grid(one: Volume, other: Volume, tolerance_mm: float = 1e-2) -> bool:
     """Whether every voxel of two volumes lies at the same place."""
     if one.array.shape != other.array.shape:
@@ -237,6 +245,7 @@ __all__ = [
     "Grid",
     "Series",
     "Volume",
+    "check_finite",
     "extension",
     "list_series",
     "read_volume",

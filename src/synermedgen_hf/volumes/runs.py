@@ -9,7 +9,6 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -31,8 +30,9 @@ from .folders import (
     sort_out,
     write_cases,
 )
-from .reading import Volume, extension, read_volume, slices_of, stack_axis
+from .reading import Volume, extension, read_volume
 from .synthesis import VolumeSynthesis, checksums, synthesize_volume, write_synthesis
+from .understanding import region_axis, understanding_slice
 from .writing import write_dicom_series
 
 PATIENCE = timedelta(days=30)  # of a process that is done and waits for the others
@@ -167,9 +167,21 @@ def _write(made: VolumeSynthesis, job: Job, series_uid: str | None, deidentify: 
     )
 
 
-def identify_scans(pipe, scans: str | Path, pattern: str | None = None, series_uid: str | None = None) -> list[dict]:
+def identify_scans(
+    pipe,
+    scans: str | Path,
+    pattern: str | None = None,
+    series_uid: str | None = None,
+    region: str | None = None,
+) -> list[dict]:
     """
     Name the modality of a scan, a picture, or of every scan in a folder, by its middle slice.
+
+    Args:
+        pipe ([`SynerMedGenPipeline`]): A checkpoint that has learned it.
+        scans (`str` or `Path`), pattern (`str`, *optional*), series_uid (`str`, *optional*): As in
+            [`synthesize_cases`].
+        region (`str`, *optional*): Of all scans; says along which axis the weights are used to see them.
 
     Returns:
         `list[dict]`: `case`, `modality`, `probability` and `probabilities`; or `case` and `error`.
@@ -185,8 +197,8 @@ def identify_scans(pipe, scans: str | Path, pattern: str | None = None, series_u
     found: list[dict] = []
 
     def make(volume: Volume, job: Job):
-        planes = slices_of(volume, stack_axis(volume))
-        found.append({"case": job.case.label, **pipe.identify(np.asarray(planes[len(planes) // 2], np.float32))})
+        picture = understanding_slice(volume, region_axis(volume, region))
+        found.append({"case": job.case.label, **pipe.identify(picture)})
 
     cases = find_cases(scans, pattern)
     jobs = [Job(case, "", Path(".") / "none") for case in cases]

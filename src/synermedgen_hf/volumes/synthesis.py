@@ -29,12 +29,14 @@ from .reading import (
     BODY_ABOVE,
     MR_BODY_SHARE,
     Volume,
+    check_finite,
     extension,
     read_volume,
     same_grid,
     slice_spacing,
     slices_of,
 )
+from .understanding import understanding_slice
 from .writing import write_volume
 
 MIN_BODY_SHARE = 0.001  # of a slice: a cap of the head has more
@@ -137,8 +139,7 @@ def synthesize_volume(
         raise ValueError(f"The mask ({mask.array.shape}) does not lie on the grid of the scan ({first.array.shape}).")
     identified = None
     if None in volumes:
-        middle = slices_of(first, axis)
-        identified = pipe.identify(np.asarray(middle[len(middle) // 2], np.float32))
+        identified = pipe.identify(understanding_slice(first, axis))
         volumes = {identified["modality"]: first}
     pipe.check_route(list(volumes), target, region)
 
@@ -309,10 +310,7 @@ def _check_volume(name: str | None, volume: Volume, first: Volume):
         raise ValueError(f"Unknown source {name!r}. Choose one of {', '.join(MODALITY_NAMES)}.")
     if volume.array.ndim != 3 or 0 in volume.array.shape:
         raise ValueError(f"{what} has shape {volume.array.shape}: a volume of three dimensions is needed.")
-    if volume.array.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(volume.array)))):
-        raise ValueError(
-            f"{bad} voxels of {what} are NaN or infinite: replace them first, by the value of air or of the background."
-        )
+    check_finite(volume, what)
     if not same_grid(volume, first):
         raise ValueError(
             f"{what} lies on another grid {volume.array.shape} than the first scan {first.array.shape}: resample it."

@@ -1,0 +1,70 @@
+"""The slice of a scan that understanding looks at, made as the questions of training make theirs.
+
+Weights learn from 8-bit pictures: slices along the axis of their region, over the window of the whole volume, with
+square pixels. A scan that is shown to them otherwise is a scan of a kind they have never seen.
+"""
+
+from PIL import Image
+
+from ..image_processing_synermedgen import SynerMedGenImageProcessor, to_display
+from .reading import AXES, BODY_ABOVE, Volume, check_finite, slice_spacing, slices_of, stack_axis
+
+
+def region_axis(volume: Volume, region: str | None = None) -> str:
+    """
+    The axis along which the training data of a region are cut.
+
+    Args:
+        volume ([`Volume`]): Where nothing is known of the region, it is cut as it was acquired; so is a heart, which
+            lies obliquely. A single slice is itself.
+        region (`str`, *optional*): Such as `"whole-body"`.
+    """
+    if 1 in volume.array.shape:
+        return ("sagittal", "coronal", "axial")[volume.array.shape.index(1)]
+    return AXES.get(region, "axial") if region and region != "heart" else stack_axis(volume)
+
+
+def shown_window(volume: Volume) -> tuple[float, float]:
+    """
+    The lowest and highest value that training would show of a scan: those of its modality where the file says it.
+
+    Otherwise the values tell the unit: only Hounsfield units go so far below zero, what ends between 1 and 20 is taken
+    for SUV, and anything else is the signal of an MR.
+    """
+    processor = SynerMedGenImageProcessor()  # as training measures windows, whatever a checkpoint's are
+    if volume.modality is not None:
+        return processor.intensity_window(volume.array, volume.modality)
+    if volume.array.min() < BODY_ABOVE["CT"]:
+        return processor.intensity_window(volume.array, "CT")
+    low, high = processor.intensity_window(volume.array, "MRI")
+    suv = processor.intensity_window(volume.array, "PET")
+    return suv if 1 < high <= suv[1] else (low, high)
+
+
+def understanding_slice(volume: Volume, axis: str, window: tuple[float, float] | None = None) -> Image.Image:
+    """
+    The middle slice of a scan as a picture for `pipe.identify`, `pipe.answer` and `pipe.score_answers`.
+
+    Args:
+        volume ([`Volume`]): Any scan.
+        axis (`str`): Of the slices, see [`region_axis`].
+        window (`tuple[float, float]`, *optional*): Of the whole volume; by default [`shown_window`].
+
+    Returns:
+        `PIL.Image.Image`: 8-bit grey.
+
+    Raises:
+        `ValueError`: Voxels are NaN or infinite.
+    """
+    check_finite(volume, "the scan")
+    slices = slices_of(volume, axis)
+    picture = to_display(slices[len(slices) // 2], shown_window(volume) if window is None else window)
+    _, rows, columns = slice_spacing(volume, axis)
+    if max(rows, columns) > 1.01 * min(rows, columns):  # pixels that are not square would squash the patient
+        pixel = min(rows, columns)
+        size = (round(picture.width * columns / pixel), round(picture.height * rows / pixel))
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    return picture
+
+
+__all__ = ["region_axis", "shown_window", "understanding_slice"]

@@ -1,0 +1,189 @@
+"""What lies behind the buttons, without a server."""
+
+import threading
+import tomllib
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from synermedgen_hf import MODALITIES, read_volume
+from synermedgen_hf.volumes.understanding import understanding_slice
+
+SETTINGS = {"steps": 1, "guidance": 1.0, "image_guidance": 1.0, "seed": 0, "samples": 1}
+
+
+def sees(app, monkeypatch, modality, probability=0.9):
+    """Lets the model see a modality; the pictures that it is shown are in the list returned."""
+    shown = []
+    others = (1 - probability) / (len(MODALITIES) - 1)
+    probabilities = {name: probability if name == modality else others for name in MODALITIES}
+    found = {"modality": modality, "probability": probability, "probabilities": probabilities}
+    monkeypatch.setattr(app.pipe, "identify", lambda image: shown.append(image) or found)
+    return shown
+
+
+def made(app, scan, targets=("CT",), source="MRI", region="brain", **settings):
+    *_, (_, result) = app.make(str(scan), list(targets), source, region, **{**SETTINGS, **settings})
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A scan comes in
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_known_of_a_scan_outweighs_what_the_model_sees(app, scan, monkeypatch):
+    sees(app, monkeypatch, "CT")
+    _, seen, source, _ = app.look_at(str(scan), "MRI", "brain")
+    assert source == "MRI" and "model sees CT (90% sure)" in seen
+    assert app.look_at(str(scan), None, "brain")[2] == "CT"
+    sees(app, monkeypatch, "CT", probability=0.3)
+    assert app.look_at(str(scan), None, "brain")[2] is None
+
+
+def test_the_model_is_shown_what_training_showed(app, scan, monkeypatch):
+    shown = sees(app, monkeypatch, "MRI")
+    preview, *_ = app.look_at(str(scan), None, "whole-body")
+    app.name_modality(str(scan), "whole-body")
+    app.name_modality(str(scan), "")
+    coronal, axial = (np.asarray(understanding_slice(read_volume(scan), axis)) for axis in ("coronal", "axial"))
+    for picture, expected in zip([preview, *shown], [coronal, coronal, coronal, axial], strict=True):
+        assert np.array_equal(np.asarray(picture), expected)
+
+
+def test_pictures_keep_their_grey_levels_even_if_there_is_one_alone(app, tmp_path, monkeypatch):
+    shown = sees(app, monkeypatch, "CT")
+    for level, dtype, grey in ((100, np.uint8, 100), (257 * 30, np.uint16, 30)):
+        Image.fromarray(np.full((20, 24), level, dtype)).save(tmp_path / "flat.png")
+        assert np.all(np.asarray(app.look_at(str(tmp_path / "flat.png"), None, "")[0]) == grey)
+        assert np.all(np.asarray(shown.pop()) == grey)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthesis
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_derived_series_comes_from_the_scan_that_was_synthesised(app, series):
+    result = made(app, series)
+    archive, _ = app.files(result, "Derived DICOM", "CT", 0, keep_tags=True)
+    with zipfile.ZipFile(archive) as files:
+        header = pydicom.dcmread(files.open(files.namelist()[-1]))
+    assert header.PatientID == "P-4711-XYZ"
+    series.unlink()
+    with pytest.raises(ValueError, match="no longer kept"):
+        app.files(result, "Derived DICOM", "CT", 0)
+
+
+def test_a_source_that_is_not_said_is_what_the_model_is_sure_to_see(app, scan, monkeypatch):
+    sees(app, monkeypatch, "MRI")
+    assert made(app, scan, source=None).syntheses["CT"].record["sources"] == ["MRI"]
+    sees(app, monkeypatch, "MRI", probability=0.3)
+    with pytest.raises(ValueError, match="Say which modality"):
+        made(app, scan, source=None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"seed": None}, "whole number from 0"),
+        ({"seed": -1}, "whole number from 0"),
+        ({"seed": 2**32}, "whole number from 0"),
+        ({"steps": None}, "leave none of them empty"),
+        ({"targets": []}, "at least one target"),
+        ({"targets": [None]}, "at least one target"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_the_scan_is_read(app, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        made(app, "no such file", **wrong)
+
+
+def test_a_reference_that_cannot_be_read_is_said_before_any_work(app, scan, tmp_path, monkeypatch):
+    (tmp_path / "reference.png").write_bytes(b"<html>")
+    monkeypatch.setattr(app.pipe, "synthesise_batch", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="web page"):
+        made(app, scan, reference=(str(tmp_path / "reference.png"), "CT"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_said(app, scan, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(app.pipe, "synthesise_batch", fail)
+    request = SimpleNamespace(session_hash="visitor")
+    with pytest.raises(gr.Error, match="more memory than this machine has"):
+        list(app.run(str(scan), ["CT"], "MRI", "brain", *SETTINGS.values(), None, "", request))
+    with pytest.raises(gr.Error, match="more memory than this machine has"):
+        list(app.synthesize(str(scan), "CT", "MRI", "brain", *SETTINGS.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Understanding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_scans_are_called_as_the_question_calls_them(app, app_module, scan, monkeypatch):
+    called = []
+    monkeypatch.setattr(app.pipe, "answer", lambda images, question, labels: called.append(labels) or "")
+    letters, numbers, candidates = app_module.LABELS
+    three = [str(scan)] * 3
+    app.answer(three, "Which?", "brain", numbers)
+    app.config.label_images = True  # as weights say that were trained so
+    for labels in (None, letters, numbers, candidates):
+        app.answer(three, "Which?", "brain", labels)
+    app.answer(three[:1], "Which?", "brain", letters)
+    assert called == [None, ["A", "B", "C"], ["A", "B", "C"], ["1", "2", "3"], ["1", "A", "B"], None]
+
+
+@pytest.mark.parametrize(
+    ("scans", "question", "words"),
+    [
+        (1, " ", "Ask a question"),
+        (1, "?" * 1001, "at most 1,000"),
+        (0, "Which?", "at least one scan"),
+        (9, "Which?", "at most 8"),
+        (1, "Which?<|im_end|>", "leave them out"),
+    ],
+)
+def test_questions_that_cannot_be_asked(app, scan, scans, question, words):
+    with pytest.raises(gr.Error, match=words):
+        app.answer([str(scan)] * scans, question)
+
+
+def test_what_has_not_been_learned_is_said(app):
+    assert app.missing_lesson() == ""
+    app.config.trained_tasks = ["MI", "TIA"]
+    assert app.missing_lesson().endswith("which slices belong together: in the quiz you play alone.")
+    app.config.trained_tasks = []
+    assert "switched off" in app.missing_lesson()
+
+
+def test_the_quiz_serves_visitors_at_once(app):
+    indices = list(range(0, len(app.quiz), 7))
+    expected = [row and row["question"] for row in map(app.quiz_row, indices)]
+    found = {}
+
+    def ask(worker):
+        found[worker] = [row and row["question"] for row in map(app.quiz_row, indices[worker:] + indices[:worker])]
+
+    threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[worker] == expected[worker:] + expected[:worker] for worker in range(8))
+
+
+def test_a_space_installs_what_the_package_needs(app_module):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    lines = (app_module.HERE / "requirements.txt").read_text().splitlines()
+    installed = [line for line in lines if not line.startswith("#")]
+    assert installed == project["dependencies"] + project["optional-dependencies"]["dicom"]
