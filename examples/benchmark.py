@@ -27,16 +27,15 @@ import argparse
 import json
 import platform
 import resource
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from benchmark_timing import medians
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
@@ -74,19 +73,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.only = args.only or (TRAINING if args.training else SYNTHESIS)
     return args
-
-
-def medians(repeats: int, **work) -> dict[str, float]:
-    """Median seconds of each piece of work; one warm-up run each, then `repeats` rounds that take turns."""
-    for run in work.values():
-        run()
-    seconds = {name: [] for name in work}
-    for _ in tqdm(range(repeats), desc=" against ".join(work)):
-        for name, run in work.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

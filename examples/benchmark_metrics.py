@@ -14,15 +14,13 @@ Seconds belong to one machine; ratios travel.
 import argparse
 import json
 import platform
-import statistics
-import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
+from benchmark_timing import medians
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import structural_similarity
-from tqdm.auto import tqdm
 
 from synermedgen_hf import metrics
 
@@ -45,17 +43,6 @@ def make_pair(shape) -> tuple[np.ndarray, np.ndarray]:
     reference = np.clip(1064 + 600 * reference / reference.std(), 0, RANGE)
     reference[:, : shape[1] // 8] = reference[:, -shape[1] // 8 :] = 0
     return np.clip(reference + rng.normal(0, 80, shape), 0, RANGE), reference
-
-
-def medians(repeats: int, **work) -> dict[str, float]:
-    """Median seconds of each piece of work, over rounds that take turns."""
-    seconds = {name: [] for name in work}
-    for _ in tqdm(range(repeats), desc=" against ".join(work)):
-        for name, run in work.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def compare_ssim(args, kernel: str, **options) -> dict:

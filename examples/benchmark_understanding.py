@@ -7,7 +7,6 @@ Runs of one comparison take turns. Seconds belong to one machine; ratios travel.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmark_timing import medians
 from datasets import load_dataset
 from transformers import AutoModel, AutoProcessor
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -49,18 +49,6 @@ def step(model, batch):
     model.zero_grad()
 
 
-def take_turns(repeats: int, **work) -> dict[str, float]:
-    """Median seconds of each piece of work; one round to warm up, then rounds that take turns."""
-    seconds = {name: [] for name in work}
-    for turn in range(repeats + 1):
-        for name, do in work.items():
-            start = time.perf_counter()
-            do()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def length_grouping(args, model, processor, rows):
     """Batches of rows in random order, and of rows of about one length, from the same rows."""
     collate = QuestionCollator(processor, model.config)
@@ -77,7 +65,7 @@ def length_grouping(args, model, processor, rows):
         # Evenly from the whole epoch, since grouped batches are long or short.
         chosen = list(starts)[:: max(1, len(starts) // args.batches)][: args.batches]
         batches[name] = [collate([rows[place] for place in order[start:][: args.batch_size]]) for start in chosen]
-    seconds = take_turns(
+    seconds = medians(
         args.repeats,
         **{name: lambda own=own: [step(model, batch) for batch in own] for name, own in batches.items()},
     )
@@ -99,7 +87,7 @@ def encoding(args, model, processor, rows):
         "pixel_values": torch.cat([images[number] for number in index]),
         "image_grid_hw": once["image_grid_hw"][index],
     }
-    features = take_turns(
+    features = medians(
         4 * args.repeats,
         once=lambda: model.get_image_features(once["pixel_values"], once["image_grid_hw"], index),
         each=lambda: model.get_image_features(each["pixel_values"], each["image_grid_hw"]),

@@ -98,6 +98,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to std
 Device = Annotated[
     str | None, typer.Option(help="Compute on it: cpu, cuda, cuda:1, mps; by default a GPU where there is one.")
 ]
+Model = Annotated[
+    str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+]
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
+]
+Pattern = Annotated[str | None, typer.Option(help="Which files below a folder, such as '*/mr.nii.gz'.")]
+Series = Annotated[str | None, typer.Option(help="UID of a DICOM series, where a folder holds several.")]
+Scans = Annotated[Path | None, typer.Option(help="Folder of scans, as for load_dataset.")]
+PhantomCases = Annotated[
+    int | None, typer.Option(min=1, help="Instead of scans, so many simulated patients of each protocol.")
+]
+PhantomSize = Annotated[int, typer.Option(min=32, help="Pixels of a simulated slice's longer side.")]
+Split = Annotated[str, typer.Option(help="Of the patients: train, validation or test.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Of the sampler; by default the checkpoint's.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Slices at a time.")]
+ComputeDtype = Annotated[Dtype, typer.Option(help="Compute in it.")]
 
 
 def model_source(model: str | None) -> str:
@@ -128,9 +145,7 @@ def load_pipeline(model: str | None, device: str | None, dtype: Dtype):
 
 @app.command()
 def info(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
-    ] = None,
+    model: ModelArgument = None,
     as_json: Json = False,
 ):
     """Say what a checkpoint can do and where it comes from, without loading its weights."""
@@ -146,9 +161,7 @@ def info(
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
-    ] = None,
+    model: ModelArgument = None,
     device: Device = None,
     self_test: Annotated[
         bool, typer.Option("--self-test/--no-self-test", help="Load the weights and synthesise one small slice.")
@@ -180,11 +193,9 @@ def synthesize(
     axis: Annotated[
         str | None, typer.Option(help="axial, coronal or sagittal slices; by default those of the training data.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
-    ] = None,
-    pattern: Annotated[str | None, typer.Option(help="Which files below a folder, such as '*/mr.nii.gz'.")] = None,
-    series: Annotated[str | None, typer.Option(help="UID of a DICOM series, where a folder holds several.")] = None,
+    model: Model = None,
+    pattern: Pattern = None,
+    series: Series = None,
     mask: Annotated[Path | None, typer.Option(help="Volume that is above 0 in the body, for a single scan.")] = None,
     format: Annotated[
         str | None, typer.Option(help="nifti, mha, nrrd or dicom; by default that of the output, or the scan's own.")
@@ -192,15 +203,15 @@ def synthesize(
     deidentify: Annotated[
         bool, typer.Option("--deidentify", help="DICOM without a tag of its source; results are called by number.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; by default the checkpoint's.")] = None,
+    steps: Steps = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="By the text.")] = None,
     image_guidance_scale: Annotated[float | None, typer.Option(min=0, help="By the source.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Mean and standard deviation of so many syntheses.")] = 1,
     overlap: Annotated[int, typer.Option(min=0, help="Blend each slice with so many neighbours to either side.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 8,
+    batch_size: BatchSize = 8,
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make again what is there.")] = False,
     as_json: Json = False,
 ):
@@ -259,13 +270,11 @@ def synthesize(
 @app.command()
 def identify(
     scans: Annotated[Path, typer.Argument(help="A picture, a volume, a folder with a DICOM series, or one of many.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
-    ] = None,
-    pattern: Annotated[str | None, typer.Option(help="Which files below a folder, such as '*/mr.nii.gz'.")] = None,
-    series: Annotated[str | None, typer.Option(help="UID of a DICOM series, where a folder holds several.")] = None,
+    model: Model = None,
+    pattern: Pattern = None,
+    series: Series = None,
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     as_json: Json = False,
 ):
     """Name the modality of scans by their middle slice, and how sure the weights are."""
@@ -468,16 +477,12 @@ def evaluate_understanding(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of scans, or of the released SynerMed files, as for load_dataset.")
     ] = None,
-    phantom_cases: Annotated[
-        int | None, typer.Option(min=1, help="Instead of scans, so many simulated patients of each protocol.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
-    ] = None,
+    phantom_cases: PhantomCases = None,
+    model: Model = None,
     config: Annotated[
         Questions, typer.Option(help="Which tasks; vqa are ordinary questions, a control.")
     ] = Questions.understanding,
-    split: Annotated[str, typer.Option(help="Of the patients: train, validation or test.")] = "test",
+    split: Split = "test",
     difficulty: Annotated[Difficulty, typer.Option(help="Of the candidates of CTS.")] = Difficulty.hard,
     label_images: Annotated[
         bool | None,
@@ -492,7 +497,7 @@ def evaluate_understanding(
     text: Annotated[
         bool, typer.Option("--text/--no-text", help="Let the model answer in its own words too, which takes longer.")
     ] = True,
-    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
     as_json: Json = False,
 ):
@@ -578,13 +583,9 @@ def evaluate(
             "interrupted goes on where it stopped."
         ),
     ],
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of scans, as for load_dataset.")] = None,
-    phantom_cases: Annotated[
-        int | None, typer.Option(min=1, help="Instead of scans, so many simulated patients of each protocol.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
-    ] = None,
+    data_dir: Scans = None,
+    phantom_cases: PhantomCases = None,
+    model: Model = None,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -597,28 +598,32 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A route, such as MRI-CT or brain/MRI-CT; several times for several. By default all."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of the patients: train, validation or test.")] = "test",
+    split: Split = "test",
     slice_step: Annotated[int, typer.Option(min=1, help="Every so many slices of a case.")] = 1,
     phantom_slices: Annotated[
         int | None, typer.Option(min=1, help="Axial slices of a simulated patient; by default the whole region.")
     ] = None,
-    phantom_size: Annotated[int, typer.Option(min=32, help="Pixels of a simulated slice's longer side.")] = 128,
+    phantom_size: PhantomSize = 128,
     phantom_scanner: Annotated[
         Scanner, typer.Option(help="Of simulated patients: usual, or unseen, machines outside of the training's range.")
     ] = Scanner.usual,
     level: Annotated[Level, typer.Option(help="Judge slices in 2D, or volumes in 3D.")] = Level.slice,
     protocol: Annotated[
-        str, typer.Option(help="What is compared, where and on which scale: synthrad2023, synthrad2025, brats, ...")
+        str,
+        typer.Option(
+            help="What is compared, where and on which scale: synthrad2023, synthrad2025, paper_frame, or brats (MR "
+            "volumes)."
+        ),
     ] = "synthrad2023",
     samples: Annotated[int, typer.Option(min=1, help="Mean of so many syntheses.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler; by default the checkpoint's.")] = None,
+    steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="By the text; by default the checkpoint's.")] = None,
     image_guidance: Annotated[
         float | None, typer.Option(min=0, help="By the source; by default the checkpoint's.")
     ] = None,
     timestep_shift: Annotated[float | None, typer.Option(help="By default the scheduler's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time, within a case and route.")] = 8,
-    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     seed: Annotated[int, typer.Option(help="Another one draws other noise for every case.")] = 0,
     beside: Annotated[
         list[Path] | None, typer.Option(help="Another evaluation to print beside, such as a baseline's.")
@@ -693,15 +698,11 @@ def vae_ceiling(
             "interrupted goes on where it stopped."
         ),
     ],
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of scans, as for load_dataset.")] = None,
-    phantom_cases: Annotated[
-        int | None, typer.Option(min=1, help="Instead of scans, so many simulated patients of each protocol.")
-    ] = None,
+    data_dir: Scans = None,
+    phantom_cases: PhantomCases = None,
     phantom_slices: Annotated[int, typer.Option(min=1, help="Of each simulated patient.")] = 8,
-    phantom_size: Annotated[int, typer.Option(min=32, help="Pixels of a simulated slice's longer side.")] = 128,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of a pipeline; by default the bundled weights.")
-    ] = None,
+    phantom_size: PhantomSize = 128,
+    model: Model = None,
     codec: Annotated[
         Codec | None,
         typer.Option(help="Of the three channels; by default the one that the checkpoint was trained with."),
@@ -710,8 +711,8 @@ def vae_ceiling(
         str, typer.Option(help="Of the comparison: synthrad2023, synthrad2025, paper_frame.")
     ] = "synthrad2023",
     slice_step: Annotated[int, typer.Option(min=1, help="Every so many slices.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 8,
-    dtype: Annotated[Dtype, typer.Option(help="Compute in it.")] = Dtype.float32,
+    batch_size: BatchSize = 8,
+    dtype: ComputeDtype = Dtype.float32,
     device: Device = None,
     as_json: Json = False,
 ):

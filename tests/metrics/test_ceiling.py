@@ -111,6 +111,7 @@ def test_refusals_come_before_any_work(tmp_path):
     for options, message in (
         ({}, "either --data-dir or --phantom-cases"),
         ({"phantom_cases": 1, "protocol": "mine"}, "There is no protocol 'mine'"),
+        ({"phantom_cases": 1, "protocol": "brats"}, "brats is for MR volumes"),
         ({"phantom_cases": 1, "batch_size": 0}, "must be at least 1"),
         ({"phantom_cases": 1, "codec": "rgb"}, "Unknown codec 'rgb'"),
     ):

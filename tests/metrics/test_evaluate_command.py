@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from synermedgen_hf import checkpoint_path, cli
 from synermedgen_hf.data import synermed
 from synermedgen_hf.data.layouts import write_layout
+from synermedgen_hf.metrics import PROTOCOLS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
@@ -78,6 +80,11 @@ def test_every_option_arrives(runs):
     assert (arguments["samples"], arguments["seed"], arguments["split"]) == (2, 3, "train")
     assert arguments["routes"] == ["brain/CBCT-CT", "pelvis/CBCT-CT"] and arguments["level"] == "slice"
     assert arguments["protocol"] == "synthrad2023" and arguments["dtype"] == "float32"
+
+
+def test_every_protocol_is_named_in_the_help():
+    options = {option.name: option.help for option in get_command(cli.app).commands["evaluate"].params}
+    assert all(name in options["protocol"] for name in PROTOCOLS)
 
 
 def test_simulated_patients_without_any_data(tmp_path, monkeypatch):

@@ -300,6 +300,20 @@ def test_a_volume_is_its_slices_put_back_together(tmp_path, weights, pipe):
     check_alike(record["metrics"], judged["metrics"], 1e-3)
 
 
+def test_brats_scales_a_volume_by_its_own_percentiles(tmp_path):
+    write_layout("brats2021", tmp_path / "scans", 1, size=32, num_slices=12)
+    scans = {"data_dir": str(tmp_path / "scans"), "split": "train"}
+    options = {"level": "volume", "protocol": "brats", "routes": ["T1-T2"], "baseline": "copy"}
+    evaluate(tmp_path / "run", **scans, **options)
+    (record,) = records_of(tmp_path / "run")
+    rows = [row for row in load_dataset("synermed", streaming=True, **scans) if row["target_modality"] == "T2"]
+    wanted = np.stack([np.asarray(row["target_image"]) for row in rows if row["source_modality"] == "T1"])
+    low, high = np.percentile(wanted[wanted > 0], [0.5, 99.5])
+    # On the codec's scale, on which the window of each volume ends at 1000.
+    scale = 1000 / rows[0]["target_window"]["high"]
+    assert record["measured"]["range"] == pytest.approx([scale * low, scale * high], rel=1e-4) and low > 0
+
+
 def made_case(usable):
     """One case in memory, CT and CBCT of noise."""
     rng = np.random.default_rng(0)
@@ -387,6 +401,7 @@ def test_weights_that_cannot_synthesise_are_not_asked(run, weights, tmp_path):
         ({"protocol": "mine"}, "mine"),
         ({"split": "exam"}, "exam"),
         ({"samples": 0}, "samples and batch_size must be at least 1"),
+        ({"protocol": "brats"}, "brats scales by the 0.5th and 99.5th percentile of a volume"),
         ({"level": "volume", "slice_step": 2}, "leave --slice-step out"),
         ({"guidance_scale": -1.0}, "guidance_scale must be"),
         ({"routes": ["sideways"]}, "'sideways' names no route"),

@@ -8,10 +8,10 @@ from skimage.metrics import structural_similarity
 
 from synermedgen_hf.metrics import ms_ssim, ms_ssim_synthrad2025, ssim, ssim_map
 from synermedgen_hf.metrics.inputs import UndefinedMetric
-from synermedgen_hf.metrics.similarity import SCALE_WEIGHTS
 
 WANG = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 THEIRS = {"uniform": {}, "gaussian": WANG}
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, as published
 
 
 def pair(*shape, noise=0.05):

@@ -489,7 +489,7 @@ class StreamedBatches:
         self.dataset = dataset.repeat(None)
         self.make_pool, self.make_batches, self.pool_size, self.steps = make_pool, make_batches, pool_size, steps
         self.process, self.seed = process, seed
-        self.number, self.rows, self.start, self.batches, self.expected = -1, None, None, None, None
+        self.number, self.rows, self.start, self.batches = -1, None, None, None
 
     def step(self, step: int) -> list[list[Sample]]:
         """As [`PairBatches.step`]; steps must come in order."""

@@ -181,6 +181,8 @@ def measure_ceiling(
         raise ValueError("Pass either --data-dir or --phantom-cases.")
     if protocol not in PROTOCOLS:
         raise ValueError(f"There is no protocol {protocol!r}. Choose one of {', '.join(PROTOCOLS)}.")
+    if protocol == "brats":
+        raise ValueError("brats is for MR volumes; a ceiling is measured on slices of all modalities. Choose another.")
     if min(slice_step, batch_size) < 1:
         raise ValueError(f"slice_step and batch_size must be at least 1, got {slice_step} and {batch_size}.")
     check_folder(model, {"model": None, "scheduler": None})  # they are not needed here

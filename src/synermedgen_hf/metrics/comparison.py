@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import false_discovery_control
 
 from ..data.splits import write_whole
 from .protocols import check_same_protocol
 from .report import lower_is_better, markdown_table, read_summary
 from .runs import CASES, name_of
-from .statistics import interval_of_mean, paired_p_value
+from .statistics import correct_p_values, interval_of_mean, paired_p_value
 
 
 def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: int = 0) -> dict:
@@ -55,10 +54,7 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         for route, metrics in values.items()
     }
     for metric in dict.fromkeys(metric for metrics in routes.values() for metric in metrics):
-        tested = [found[metric] for found in routes.values() if metric in found and found[metric]["p"] is not None]
-        corrected = false_discovery_control([found["p"] for found in tested]) if tested else []
-        for found, q in zip(tested, corrected, strict=True):
-            found["q"] = float(q)
+        correct_p_values(found[metric] for found in routes.values() if metric in found)
     return {"first": str(first), "second": str(second), "bootstrap": bootstrap, "routes": routes}
 
 
@@ -87,7 +83,6 @@ def _paired(cases: list[tuple[str, float, float]], bootstrap: int, seed: int) ->
         "difference": float(np.mean(differences)),
         "interval": interval_of_mean(sums, counts, bootstrap, seed),
         "p": paired_p_value(sums / counts),
-        "q": None,
     }
 
 

@@ -106,6 +106,7 @@ def evaluate(
         level (`str`, defaults to `"slice"`): `"slice"` judges each slice in 2D, `"volume"` the slices of a case and
             route put back together, in 3D. There, one seed makes all slices.
         protocol (`str`, defaults to `"synthrad2023"`): See [`~synermedgen_hf.metrics.protocols.evaluate_case`].
+            `"brats"` judges volumes alone.
         samples (`int`, defaults to 1): Mean of so many syntheses, of seeds that follow one another.
         num_inference_steps, guidance_scale, image_guidance_scale, timestep_shift: Of the sampler; by default as the
             checkpoint says.
@@ -138,6 +139,11 @@ def evaluate(
         baseline = network["kind"]
     if min(samples, batch_size) < 1:
         raise ValueError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}.")
+    if level == "slice" and protocol == "brats":
+        raise ValueError(
+            "brats scales by the 0.5th and 99.5th percentile of a volume, and its slices know but the latter: judge "
+            "volumes (--level volume), or choose another protocol."
+        )
     if level == "volume" and slice_step != 1:
         raise ValueError("A volume needs all of its slices: leave --slice-step out, or judge slices.")
     # A case may take hours, and whoever is done first waits for the others.

@@ -74,6 +74,19 @@ def check_range(data_range: float) -> float:
     return data_range
 
 
+def check_structure(reference: np.ndarray):
+    """
+    Raise an [`UndefinedMetric`] where SSIM has nothing to compare: nothing but background is always like itself.
+
+    Args:
+        reference (`np.ndarray`): Within the range, of any shape.
+    """
+    if not reference.size:
+        raise UndefinedMetric("The area is empty: there is nothing to compare.")
+    if reference.min() == reference.max():
+        raise UndefinedMetric("Within the range, the reference has one value only: there is no structure to compare.")
+
+
 def _as_float(array, name: str) -> np.ndarray:
     array = np.asarray(array)
     if array.dtype.kind not in "biuf":
@@ -82,4 +95,4 @@ def _as_float(array, name: str) -> np.ndarray:
     return np.asarray(array, np.float64 if wide else np.float32)
 
 
-__all__ = ["UndefinedMetric", "check_pair", "check_range", "check_window"]
+__all__ = ["UndefinedMetric", "check_pair", "check_range", "check_structure", "check_window"]

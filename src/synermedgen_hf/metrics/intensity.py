@@ -70,6 +70,19 @@ def psnr(prediction, reference, data_range: float, mask=None) -> float:
     return 10 * math.log10(data_range**2 / error) if error else math.inf
 
 
+def finite_psnr(prediction, reference, data_range: float, mask=None) -> float:
+    """
+    [`psnr`] for means over slices and cases, of which a single infinite one would leave nothing.
+
+    Raises:
+        `UndefinedMetric`: Nothing differs. Otherwise as [`psnr`].
+    """
+    found = psnr(prediction, reference, data_range, mask)
+    if math.isinf(found):
+        raise UndefinedMetric("Nothing differs: the PSNR is infinite.")
+    return found
+
+
 def _differences(prediction, reference, mask) -> np.ndarray:
     prediction, reference, mask = check_pair(prediction, reference, mask)
     if mask is not None:
@@ -79,4 +92,4 @@ def _differences(prediction, reference, mask) -> np.ndarray:
     return np.subtract(prediction, reference, dtype=np.float64)
 
 
-__all__ = ["mae", "mse", "psnr", "rmse"]
+__all__ = ["finite_psnr", "mae", "mse", "psnr", "rmse"]

@@ -1,7 +1,8 @@
 """The metrics as modules of Hugging Face's `evaluate`: `load("ssim").compute(predictions=..., references=...)`.
 
-Each module is a file of its own under `evaluate_modules/`, as `evaluate.load` wants it; what they share is here. They
-take slices. Volumes, masks and protocols are for [`~synermedgen_hf.metrics.evaluate_case`].
+Each module is a file of its own under `evaluate_modules/`, as `evaluate.load` wants it; what they share is here.
+`case` is [`~synermedgen_hf.metrics.evaluate_case`]: all figures of a protocol, of slices or volumes, inside masks. The
+others are one figure each, of whole slices.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Features, Image
 
-from .inputs import check_pair, check_window
+from .inputs import UndefinedMetric, check_pair, check_window
 
 try:
     import evaluate
@@ -21,7 +22,7 @@ except ImportError:
     ) from None
 
 FOLDER = Path(__file__).parent / "evaluate_modules"
-NAMES = ("mae", "rmse", "psnr", "ssim", "ms_ssim")
+NAMES = ("mae", "rmse", "psnr", "ssim", "ms_ssim")  # of one figure
 INPUTS = """
 Args:
     predictions, references (`list[np.ndarray]`): Slices `(rows, columns)` in one unit, of any size; pairs must have one
@@ -30,7 +31,8 @@ Args:
         `(-1024, 3000)` in HU. MAE and RMSE do without: then nothing is clipped.
 
 Returns:
-    `dict`: `<name>_frame`, the mean over the slices, each taken whole; `<name>_protocol`, what that means.
+    `dict`: `<name>_frame`, the mean over the slices in which it is defined, each taken whole, or `None`;
+    `<name>_undefined`, the place of each other slice, and the reason; `<name>_protocol`, what that means.
 """
 
 
@@ -39,7 +41,7 @@ def load(name: str, **options) -> "evaluate.Metric":
     One of the modules.
 
     Args:
-        name (`str`): `"mae"`, `"rmse"`, `"psnr"`, `"ssim"` or `"ms_ssim"`.
+        name (`str`): `"mae"`, `"rmse"`, `"psnr"`, `"ssim"`, `"ms_ssim"`, or `"case"` for all figures of a protocol.
         options: Of `evaluate.load`, such as `num_process` and `process_id`.
 
     Returns:
@@ -48,18 +50,18 @@ def load(name: str, **options) -> "evaluate.Metric":
     Raises:
         `ValueError`: There is no such module.
     """
-    if name not in NAMES:
-        raise ValueError(f"There is no module {name!r}. Choose one of {', '.join(NAMES)}.")
+    if name not in (*NAMES, "case"):
+        raise ValueError(f"There is no module {name!r}. Choose one of {', '.join(NAMES)}, case.")
     return evaluate.load(str(FOLDER / f"synermedgen_{name}"), **options)
 
 
 def combine(names: Iterable[str] = NAMES) -> "evaluate.CombinedEvaluations":
-    """Several of the modules in one, as of `evaluate.combine`; their `compute` shares one `window`."""
+    """Several modules of one figure in one, as of `evaluate.combine`; their `compute` shares one `window`."""
     return evaluate.combine([load(name) for name in names])
 
 
 class SliceMetric(evaluate.Metric):
-    """What the modules share. A subclass says `name`, `about`, `needs_window`, and how one pair is compared."""
+    """What those of one figure share. A subclass says `name`, `about`, `needs_window`, and how a pair is compared."""
 
     name: str
     about: str
@@ -78,13 +80,15 @@ class SliceMetric(evaluate.Metric):
         if window is None and self.needs_window:
             raise ValueError(f"{self.name} needs window=(low, high): without a range of values it has no meaning.")
         low, high = (None, None) if window is None else check_window(window)
-        found = []
+        found, undefined = [], {}
         for place, pair in enumerate(zip(predictions, references, strict=True)):
             try:
                 one, other, _ = check_pair(*map(np.asarray, pair))
                 if window is not None:
                     one, other = (np.clip(image, low, high).astype(np.float64) - low for image in (one, other))
                 found.append(type(self).compare(one, other, None if window is None else high - low))
+            except UndefinedMetric as reason:
+                undefined[place] = str(reason)
             except ValueError as error:
                 raise ValueError(f"Slice {place}: {error}") from error
         stamp = {
@@ -94,7 +98,11 @@ class SliceMetric(evaluate.Metric):
             "dimensions": "2D, mean over slices",
             "about": self.about,
         }
-        return {f"{self.name}_frame": float(np.mean(found)), f"{self.name}_protocol": stamp}
+        return {
+            f"{self.name}_frame": float(np.mean(found)) if found else None,
+            f"{self.name}_undefined": undefined,
+            f"{self.name}_protocol": stamp,
+        }
 
 
 __all__ = ["SliceMetric", "combine", "load"]

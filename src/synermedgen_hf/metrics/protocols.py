@@ -19,8 +19,8 @@ from scipy import ndimage
 from ..data.routes import MODALITIES
 from ..volumes.reading import Volume, same_grid, slice_spacing, slices_of, stack_axis
 from .clinical import BONE, TISSUES, bone_dice, hu_error_by_tissue, suv_errors, z_consistency
-from .inputs import UndefinedMetric, check_pair, check_window
-from .intensity import mae, mse, psnr, rmse
+from .inputs import UndefinedMetric, check_pair, check_structure, check_window
+from .intensity import finite_psnr, mae, mse, rmse
 from .similarity import ms_ssim_synthrad2025, ssim
 
 # Raised when a definition here changes a number: stamps of before and after are then unlike.
@@ -269,7 +269,7 @@ def _synthrad(case: Case) -> dict[str, Callable[[], float]]:
     return {
         f"mae_{unit}_{area}": lambda: mae(case.prediction, case.reference, case.area),
         f"rmse_{unit}_{area}": lambda: rmse(case.prediction, case.reference, case.area),
-        f"psnr_{unit}_{area}": lambda: _psnr(*case.clipped(), case.area),
+        f"psnr_{unit}_{area}": lambda: finite_psnr(*case.clipped(), case.area),
         **_clinical(case),
     }
 
@@ -277,7 +277,7 @@ def _synthrad(case: Case) -> dict[str, Callable[[], float]]:
 def _synthrad2023(case: Case) -> dict[str, Callable[[], float]]:
     def masked_ssim() -> float:
         one, other, data_range = case.clipped()
-        _check_structure(other[case.area])
+        check_structure(other[case.area])
         return ssim(np.where(case.area, one, 0), np.where(case.area, other, 0), data_range, case.area)
 
     return {f"ssim_{case.unit}_{case.name}": masked_ssim, **_synthrad(case)}
@@ -286,7 +286,7 @@ def _synthrad2023(case: Case) -> dict[str, Callable[[], float]]:
 def _synthrad2025(case: Case) -> dict[str, Callable[[], float]]:
     def masked_ms_ssim() -> float:
         one, other, data_range = case.clipped()
-        _check_structure(other[case.area])
+        check_structure(other[case.area])
         return ms_ssim_synthrad2025(np.where(case.area, one, 0), np.where(case.area, other, 0), data_range, case.area)
 
     return {f"ms_ssim_{case.unit}_{case.name}": masked_ms_ssim, **_synthrad(case)}
@@ -299,14 +299,14 @@ def _brats(case: Case) -> dict[str, Callable[[], float]]:
 
     def gaussian_ssim() -> float:
         one, other = scaled()
-        _check_structure(other[case.area])
+        check_structure(other[case.area])
         return ssim(one, other, 1.0, case.area, kernel="gaussian")
 
     return {
         f"ssim_norm_{case.name}": gaussian_ssim,
         f"mae_norm_{case.name}": lambda: mae(*scaled(), case.area),
         f"mse_norm_{case.name}": lambda: mse(*scaled(), case.area),
-        f"psnr_norm_{case.name}": lambda: _psnr(*scaled(), 1.0, case.area),
+        f"psnr_norm_{case.name}": lambda: finite_psnr(*scaled(), 1.0, case.area),
     }
 
 
@@ -324,11 +324,11 @@ def _paper_frame(case: Case) -> dict[str, Callable[[], float]]:
         return case.prediction, case.reference
 
     def frame_ssim(one, other, inside) -> float:
-        _check_structure(other if inside is None else other[inside])
+        check_structure(other if inside is None else other[inside])
         return ssim(one, other, 255.0, inside)
 
     def psnr_over(data_range: float):
-        return lambda one, other, inside: _psnr(one, other, data_range, inside)
+        return lambda one, other, inside: finite_psnr(one, other, data_range, inside)
 
     low, high = case.window or (0.0, 1.0)  # without a window, `in_range` says so before the range is needed
     figures = {}
@@ -500,20 +500,6 @@ def _body_rule(modality: str) -> str:
         else f"{100 * BODY_SHARE:g} % of its {MR_PERCENTILE}th percentile"
     )
     return f"reference above {above}, parts of at least a tenth of the largest, holes filled slice by slice"
-
-
-def _check_structure(reference: np.ndarray):
-    if not reference.size:
-        raise UndefinedMetric("The area is empty: there is nothing to compare.")
-    if reference.min() == reference.max():
-        raise UndefinedMetric("Within the range, the reference has one value only: there is no structure to compare.")
-
-
-def _psnr(prediction, reference, data_range, mask) -> float:
-    found = psnr(prediction, reference, data_range, mask)
-    if math.isinf(found):
-        raise UndefinedMetric("Nothing differs: the PSNR is infinite.")
-    return found
 
 
 __all__ = ["PROTOCOLS", "Case", "Protocol", "average", "check_same_protocol", "evaluate_case", "find_body"]

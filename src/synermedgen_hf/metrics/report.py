@@ -33,7 +33,7 @@ PANELS = (
     "Source, synthesis, truth, and their absolute difference. CT and CBCT from -300 to 1000 HU, PET from 0 to 8 SUV in "
     "reversed grey, MR over the window of its volume; the difference from 0 to half of that width."
 )
-LOWER_IS_BETTER = ("mae", "rmse", "mse", "error", "hd95")
+LOWER_IS_BETTER = ("mae", "rmse", "mse", "error")
 
 # SSIM x100 after both stages, as published: Zhao, Dong and Chen, SynerMedGen, ICML 2026 (arXiv 2605.08724). The other
 # sixteen routes are not public, and neither are split, preprocessing, window, mask and implementation.

@@ -1,7 +1,9 @@
 """Intervals and tests over patients: slices of one patient are not independent, so it is patients that are drawn."""
 
+from collections.abc import Iterable
+
 import numpy as np
-from scipy.stats import wilcoxon
+from scipy.stats import false_discovery_control, wilcoxon
 
 
 def interval_of_mean(sums: np.ndarray, counts: np.ndarray, bootstrap: int = 1000, seed: int = 0) -> list[float] | None:
@@ -36,4 +38,21 @@ def paired_p_value(differences: np.ndarray) -> float | None:
     return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
 
 
-__all__ = ["interval_of_mean", "paired_p_value"]
+def correct_p_values(found: Iterable[dict]):
+    """
+    Set `q` of every test: its `p` corrected for all of them (Benjamini and Hochberg), or `None` where it has none.
+
+    Args:
+        found (`Iterable[dict]`): Each with a `p`, of [`paired_p_value`].
+    """
+    tested = []
+    for own in found:
+        own["q"] = None
+        if own["p"] is not None:
+            tested.append(own)
+    corrected = false_discovery_control([own["p"] for own in tested]) if tested else []
+    for own, q in zip(tested, corrected, strict=True):
+        own["q"] = float(q)
+
+
+__all__ = ["correct_p_values", "interval_of_mean", "paired_p_value"]

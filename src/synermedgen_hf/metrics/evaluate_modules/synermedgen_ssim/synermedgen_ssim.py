@@ -1,6 +1,7 @@
 """SSIM of synthesised slices, for `evaluate.load`."""
 
 from synermedgen_hf.metrics import modules
+from synermedgen_hf.metrics.inputs import check_structure
 from synermedgen_hf.metrics.similarity import ssim
 
 
@@ -10,4 +11,5 @@ class Ssim(modules.SliceMetric):
 
     @staticmethod
     def compare(prediction, reference, data_range):
+        check_structure(reference)
         return ssim(prediction, reference, data_range)
