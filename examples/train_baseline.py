@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 from train_generation import (
     add_data_arguments,
     checkpoints,
+    clear_leftovers,
     describe,
     discard,
     is_simulated,
@@ -418,6 +419,7 @@ def main(args):
         pool.encode_all()
 
     # 2. Train.
+    clear_leftovers(args.output_dir)
     _, log = open_log(args.output_dir / "log.jsonl", step)
     in_steps = args.max_train_steps is not None
     total = args.max_train_steps if in_steps else round(60 * args.max_train_minutes)

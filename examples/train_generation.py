@@ -11,7 +11,8 @@ then ViT patches), the instruction, and the noised latents of the target, whose 
 
 * `--freeze detach` (default) trains the generation expert, `vae2llm`, `llm2vae` and the time embedder, with
   understanding activations detached; `grad` lets gradients pass through them; `none` trains everything but the VAE: the
-  way from random weights. What is frozen is compared by checksum before and after.
+  way from random weights. The pipeline is saved in the dtype of the one it started from, so that what is frozen stays
+  what it was, to the bit; before it is saved, it is compared by checksum.
 * `--lora_rank` trains adapters on the generation expert alone.
 * Every sample is a function of the seed and its number: see [`~synermedgen_hf.data.flow_matching.PairBatches`]. Every
   target token counts the same, whatever batch, micro-batch or process it is in.
@@ -39,10 +40,17 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from datasets import IterableDataset, load_dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -129,7 +137,6 @@ def parse_args(argv=None):
     add("--validation_protocol", default="paper_frame", help="... and how, see metrics.protocols.evaluate_case")
     add("--logging_steps", type=int, default=25)
     add("--report_to", default=None, help="tensorboard, wandb, ... beside log.jsonl")
-    add("--save_dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the saved model and autoencoder")
     add("--sampling_steps", type=int, default=None, help="saved as the pipeline's num_inference_steps")
     add("--guidance_scale", type=float, default=None, help="saved as the pipeline's default")
     add("--image_guidance_scale", type=float, default=None, help="saved as the pipeline's default")
@@ -320,16 +327,16 @@ class Validation:
 
     @torch.no_grad()
     def run(self, step: int, device) -> dict[str, float]:
-        """Judge the pipeline as it is, write `validation/STEP.png` and `.json`, and return the figures."""
+        """Judge the pipeline as it is, write `validation/STEP.png` and `.json`, and return all figures."""
         pipe = self.pipe
         pipe.model.eval()
         pipe.set_progress_bar_config(disable=True)
         made = []
         for row in self.rows:
-            window = row["source_window"]
-            own = "high" in self.codec.intensity[row["source_modality"]]
+            window, spec = row["source_window"], self.codec.intensity[row["source_modality"]]
+            own = "high" in spec and window["unit"] == spec["unit"]  # as prepare_slice, for training
             made += pipe(
-                np.asarray(row["source_image"], np.float32),
+                row["source_image"],
                 target=row["target_modality"],
                 source=row["source_modality"],
                 region=row["region"] or None,
@@ -350,7 +357,7 @@ class Validation:
             folder / f"{step}.json",
             json.dumps({"step": step, **figures, "beside": self.beside, "slices": records}, indent=2) + "\n",
         )
-        return figures
+        return figures | self.beside
 
     def draw(self, made: list[np.ndarray]) -> Image.Image:
         """Source, synthesis, truth and difference of every slice."""
@@ -386,6 +393,13 @@ def discard(folder: Path):
         shutil.rmtree(leaving)
 
 
+def clear_leftovers(output_dir: Path):
+    """Delete what a killed run was about to write or to delete."""
+    for ending in ("unfinished", "discarded"):
+        for folder in output_dir.glob(f"*.{ending}"):
+            shutil.rmtree(folder)
+
+
 def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, ema: EMAModel | None, keep: int):
     """
     Weights, optimizer, schedule and random states by accelerate; moving average and our own state beside them. The
@@ -398,7 +412,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, ema: EM
     accelerator.wait_for_everyone()
     accelerator.save_state(unfinished)
     if ema is not None:
-        averages = {str(number): whole(tensor) for number, tensor in enumerate(ema.shadow_params)}
+        averages = gather(accelerator, {str(number): one for number, one in enumerate(ema.shadow_params)})
         state = state | {"ema_steps": ema.optimization_step}
         if accelerator.is_main_process:
             save_file(averages, unfinished / "ema.safetensors")
@@ -414,7 +428,17 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, ema: EM
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may be sharded over processes, put together."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors put together one after the other, which takes every process; only the main one keeps them."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if accelerator.is_main_process:
+            gathered[name] = tensor.cpu().contiguous()
+    return gathered
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> dict:
@@ -449,10 +473,11 @@ def leave_out_frozen(models, weights, folder):
 def open_log(path: Path, step: int):
     """
     The log, ready to go on after `step`, and the minutes trained until there. Rows beyond `step` are dropped: an
-    interrupted run may have logged more than it saved.
+    interrupted run may have logged more than it saved, the last row but half.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [row for row in rows if row["step"] <= step]
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     minutes = [row["minutes"] for row in rows if "minutes" in row]
     return minutes[-1] if minutes else 0, path.open("a")
@@ -531,16 +556,8 @@ def main(args):
 
     # 1. The model, every tensor accounted for.
     set_seed(args.seed)
-    options = {"revision": args.revision, "attn_implementation": args.attn_implementation}
-    if args.lora_rank and args.mixed_precision == "bf16":
-        options["dtype"] = torch.bfloat16  # frozen; the adapters are float32 all the same
-    pipe = SynerMedGenPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        allow_missing=args.allow_missing,
-        print_report=False,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    model, config = pipe.model, pipe.model.config
+    pipe = load_start(args)
+    model, config, stored_dtype = pipe.model, pipe.model.config, pipe.model.dtype
     trained_parts = {"generation"} if args.freeze != "none" else {"generation", "understanding", "vision"}
     if random := [part for part in config.missing_parts if part not in trained_parts or args.lora_rank]:
         raise SystemExit(
@@ -554,8 +571,12 @@ def main(args):
         parameter.requires_grad_(in_trained)
     frozen = [name for name in model.state_dict() if part_of(name) not in trained_parts]
     before = weights_checksum(model, frozen)
+    # Under adapters all is frozen, and half precision will do; they themselves are float32 all the same.
+    half = args.lora_rank and args.mixed_precision == "bf16"
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
     if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
 
         lora = LoraConfig(
             r=args.lora_rank,
@@ -634,6 +655,7 @@ def main(args):
         accelerator.init_trackers("synermedgen-generation", {name: str(value) for name, value in vars(args).items()})
     start, log = time.monotonic(), None
     if is_main:
+        clear_leftovers(args.output_dir)
         minutes, log = open_log(args.output_dir / "log.jsonl", step)
         start -= 60 * minutes
     # Since the last row of the log: squared error, target tokens, slots with a token, slots.
@@ -691,25 +713,42 @@ def main(args):
     # 5. What was frozen is what it was; the rest is saved.
     if ema is not None:
         ema.copy_to(trained)
-    if is_sharded:
-        gathered, model = accelerator.get_state_dict(model), type(pipe.model)(config)
-        if is_main:
-            model.load_state_dict(gathered)
+    routes = gather_object(routes)  # of a stream every process knows its own
     model = accelerator.unwrap_model(model)
-    if args.lora_rank and is_main:
-        model.save_pretrained(args.output_dir)
-        logger.info("saved the adapter in %s", args.output_dir)
     if args.lora_rank:
-        model = model.merge_and_unload() if args.merge_adapter else model.unload()
-    if is_main:
-        if before != weights_checksum(model, frozen):
+        adapter = gather(accelerator, {name: one for name, one in model.named_parameters() if one.requires_grad})
+        if is_main:
+            save_adapter(args, model, adapter)
+        if is_main and args.merge_adapter:
+            # Into the weights as they are stored, not as they were rounded for this training.
+            model = PeftModel.from_pretrained(load_start(args).model, args.output_dir).merge_and_unload()
+            model.config = config
+    elif is_sharded:
+        weights = accelerator.get_state_dict(model)
+        if is_main:
+            model = type(pipe.model)(config)
+            model.load_state_dict(weights)
+    if is_main and (not args.lora_rank or args.merge_adapter):
+        pipe.model = model.requires_grad_(True).eval().to("cpu", stored_dtype)
+        if before != weights_checksum(pipe.model, frozen):
             raise RuntimeError("The frozen weights have changed, which must never be. Nothing was saved.")
         if frozen:
             logger.info("The understanding branch is untouched: checksum %s", before)
-    if is_main and (not args.lora_rank or args.merge_adapter):
-        save_pipeline(args, pipe, model, [*old_routes, *routes])
+        save_pipeline(args, pipe, [*old_routes, *routes])
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def load_start(args) -> SynerMedGenPipeline:
+    """What the training starts from, every tensor accounted for; the model in the dtype in which it is stored."""
+    options = {"revision": args.revision, "attn_implementation": args.attn_implementation}
+    return SynerMedGenPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        dtype={"model": "auto", "vae": torch.float32},
+        allow_missing=args.allow_missing,
+        print_report=False,
+        **{name: value for name, value in options.items() if value is not None},
+    )
 
 
 @contextlib.contextmanager
@@ -734,16 +773,24 @@ def write_log(accelerator: Accelerator, log, row: dict):
     accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
 
-def save_pipeline(args, pipe, model, routes: list[str]):
+def save_adapter(args, model, weights: dict[str, torch.Tensor]):
+    """The adapter in PEFT's format; it is published where no pipeline will be."""
+    model.save_pretrained(args.output_dir, state_dict=weights)
+    logger.info("saved the adapter in %s", args.output_dir)
+    if args.push_to_hub and not args.merge_adapter:
+        repo_id = create_repo(args.hub_model_id or args.output_dir.resolve().name, exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=["README.md", "adapter_*"])
+
+
+def save_pipeline(args, pipe, routes: list[str]):
     """The trained model with everything around it, and the arguments."""
-    config = model.config
+    config = pipe.model.config
     config.trained_routes = list(dict.fromkeys(routes))
     simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
     if is_simulated(args):
         config.notice = NOTICE
     source = simulated if is_simulated(args) else Path(args.data_dir or args.dataset_name).name
-    pipe.model = model.requires_grad_(True).eval().to("cpu", getattr(torch, args.save_dtype))
-    pipe.vae.to("cpu", getattr(torch, args.save_dtype))
+    pipe.vae.to("cpu")
     card = {"training_data": f"Stage II ({args.max_train_steps} steps) on {source}."}
     pipe.save_pretrained(args.output_dir / "pipeline", card=card)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

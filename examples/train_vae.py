@@ -1,16 +1,21 @@
-"""Train the small autoencoder of the demonstration weights on the digital phantom.
+"""Train a small autoencoder: that of the demonstration weights on simulated patients, or one for your own scans.
 
     python examples/train_vae.py --output_dir runs/vae
+    python examples/train_vae.py --data_dir /data/AutoPET --intensity windows.json --output_dir runs/vae-pet
 
-One slice in [-1, 1] becomes a latent of a quarter of its side. Its three channels hold the same grey levels, or, with
-`--codec bands`, three windows of CT, CBCT and PET; the pipeline's processor then needs the same windows. The loss is
-L1 + SSIM + a light KL term; there is no adversary, since an invented texture is the last thing wanted here. At the end
-`scaling_factor` and `shift_factor` are measured on the training latents, so that the generator sees unit variance.
+Data are those of `train_generation.py`: every slice of its pairs, once. One slice in [-1, 1] becomes a latent of a
+quarter of its side. Its three channels hold the same grey levels, or, with `--codec bands`, three windows of CT, CBCT
+and PET. `--intensity` is a JSON file of windows that take the place of the usual ones, such as
+`{"PET": {"unit": "SUV", "low": 0, "high": 40, "scale": "asinh"}}`. The pipeline's processor then needs the same
+windows. The loss is L1 + SSIM + a light KL term; there is no adversary, since an invented texture is the last thing
+wanted here. At the end `scaling_factor` and `shift_factor` are measured on the training latents, so that the generator
+sees unit variance.
 
-Checkpoints are written every `--checkpointing_steps`; `--resume_from_checkpoint latest` continues from the newest.
+Checkpoints appear whole or not at all. `--resume_from_checkpoint latest` continues from the newest.
 """
 
 import argparse
+import io
 import json
 import logging
 import time
@@ -22,10 +27,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from train_generation import (
+    add_data_arguments,
+    checkpoints,
+    clear_leftovers,
+    is_simulated,
+    load_checkpoint,
+    load_pairs,
+    open_log,
+    save_checkpoint,
+)
 
+from synermedgen_hf.data.flow_matching import PairPool
+from synermedgen_hf.data.latents import prepare_slice
 from synermedgen_hf.data.phantom import load_phantom
+from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.image_processing_synermedgen import CODECS, SynerMedGenImageProcessor, set_codec
 
 logger = logging.getLogger(__name__)
@@ -34,11 +53,10 @@ logger = logging.getLogger(__name__)
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/phantom"), help="where simulated cases are kept")
-    parser.add_argument("--train_cases", type=int, default=200, help="simulated subjects per protocol")
-    parser.add_argument("--slices_per_case", type=int, default=8)
-    parser.add_argument("--resolution", type=int, default=128)
+    add_data_arguments(parser)
+    parser.add_argument("--resolution", type=int, default=128, help="side of a slice, padded to a square")
     parser.add_argument("--codec", choices=CODECS, default="plain", help="how a slice fills the three channels")
+    parser.add_argument("--intensity", type=Path, default=None, help="JSON file of windows by modality; see above")
     parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 48, 64])
     parser.add_argument("--latent_channels", type=int, default=4)
     parser.add_argument("--layers_per_block", type=int, default=1)
@@ -51,8 +69,8 @@ def parse_args(argv=None):
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help='"latest" or a folder')
-    parser.add_argument("--num_proc", type=int, default=2, help="processes that simulate cases")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -62,15 +80,30 @@ def encode_slices(cases, image_processor) -> torch.Tensor:
     Every slice of every modality as the codec sees it, float16 in [-1, 1]: `(n, 3, height, width)`, or
     `(n, 1, height, width)` where all three channels are the same.
     """
-    spread = any("bands" in spec for spec in image_processor.intensity.values())
     slices = []
     for case in tqdm(cases, desc="codec"):
         for modality, volume in case.images.items():
             window = image_processor.intensity_window(volume, modality)
             for image in volume:
-                pixels = image_processor.preprocess_slice(image, modality, window).vae_pixels
-                slices.append(pixels[: 3 if spread else 1].half())
+                inputs = image_processor.preprocess_slice(image, modality, window)
+                slices.append(channels_of(inputs, image_processor))
     return torch.stack(slices)
+
+
+def encode_pairs(rows, image_processor) -> torch.Tensor:
+    """The same of every slice in rows of pairs, each once."""
+    slices = []
+    for stored in tqdm(PairPool(rows, encoder=None).stored, desc="codec"):
+        picture = Image.open(io.BytesIO(stored.content()))
+        inputs = prepare_slice(image_processor, picture, stored.modality, stored.window, stored.case)
+        slices.append(channels_of(inputs, image_processor))
+    return torch.stack(slices)
+
+
+def channels_of(inputs, image_processor) -> torch.Tensor:
+    """Of a slice's three channels those that differ from one another."""
+    spread = any("bands" in spec for spec in image_processor.intensity.values())
+    return inputs.vae_pixels[: 3 if spread else 1].half()
 
 
 def ssim_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -92,22 +125,30 @@ def main(args):
             f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or choose "
             "another --output_dir."
         )
+    if args.resume_from_checkpoint not in (None, "latest") and not Path(args.resume_from_checkpoint).is_dir():
+        raise SystemExit(f"There is no checkpoint {args.resume_from_checkpoint}.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise SystemExit("This small autoencoder is trained by one process: run the script with python.")
+    own = json.loads(args.intensity.read_text()) if args.intensity else {}
     image_processor = SynerMedGenImageProcessor(
         vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": 14112 * 128},
-        intensity=set_codec(SynerMedGenImageProcessor.intensity, args.codec),
+        intensity={**set_codec(SynerMedGenImageProcessor.intensity, args.codec), **own},
     )
-    cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
-    data = encode_slices(cases, image_processor)
-    logger.info("%d slices of %d simulated subjects", len(data), len(cases))
+    if is_simulated(args) and not args.phantom_cases:  # whole volumes, which need not become rows first
+        cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
+        data = encode_slices(cases, image_processor)
+    else:
+        data = encode_pairs(load_pairs(args, "train", False, args.train_cases), image_processor)
+    logger.info("%d slices", len(data))
+    if len(data) < args.train_batch_size:
+        raise SystemExit(f"There are {len(data)} slices, and --train_batch_size {args.train_batch_size} needs as many.")
     train(args, data, accelerator)
     accelerator.end_training()
 
 
 def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
-    """Train on slices from [`encode_slices`], save to `args.output_dir / "vae"`, and return what was saved."""
+    """Train on encoded slices, save to `args.output_dir / "vae"`, and return what was saved."""
     set_seed(args.seed)
     levels = len(args.block_out_channels)
     vae = AutoencoderKL(
@@ -134,14 +175,16 @@ def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
     vae, optimizer, loader, scheduler = accelerator.prepare(vae, optimizer, loader, scheduler)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    step = 0
+    step, folder = 0, None
+    if args.resume_from_checkpoint == "latest":
+        folder = (checkpoints(args.output_dir) or [None])[-1]
+    elif args.resume_from_checkpoint:
+        folder = Path(args.resume_from_checkpoint)
     # The order of slices starts anew after a resumption; everything else continues.
-    folders = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if args.resume_from_checkpoint and (folders or args.resume_from_checkpoint != "latest"):
-        folder = folders[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
-        accelerator.load_state(folder)
-        step = int(folder.name.split("-")[1])
+    if folder is not None:
+        step = load_checkpoint(accelerator, folder, None)["step"]
 
+    clear_leftovers(args.output_dir)
     minutes, log = open_log(args.output_dir / "log.jsonl", step)
     start = time.monotonic() - 60 * minutes
     progress = tqdm(total=args.max_train_steps, initial=step, desc="VAE")
@@ -173,7 +216,8 @@ def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
                 log.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
                 log.flush()
             if step % args.checkpointing_steps == 0:
-                accelerator.save_state(args.output_dir / f"checkpoint-{step}")
+                folder = args.output_dir / f"checkpoint-{step}"
+                save_checkpoint(accelerator, folder, {"step": step}, None, args.checkpoints_total_limit)
             done = step >= args.max_train_steps
             if done:
                 break
@@ -182,22 +226,9 @@ def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
     measure_latents(vae, data, args.train_batch_size)
     vae.save_pretrained(args.output_dir / "vae")
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_whole(args.output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")
     logger.info("saved %s", args.output_dir / "vae")
     return vae
-
-
-def open_log(path: Path, step: int):
-    """
-    The log, ready to go on after `step`, and the minutes trained until there. Rows beyond `step` are dropped: an
-    interrupted run may have logged more than it saved.
-    """
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.replace(path)
-    return rows[-1]["minutes"] if rows else 0, path.open("a")
 
 
 @torch.no_grad()

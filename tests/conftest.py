@@ -29,6 +29,7 @@ from synermedgen_hf import (
     SynerMedGenPipeline,
     SynerMedGenProcessor,
 )
+from synermedgen_hf.data.layouts import write_layout
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -131,6 +132,27 @@ def make_vae():
         ).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    """Scans of four patients to train on, one to validate and one to test."""
+    root = tmp_path_factory.mktemp("scans") / "SynthRAD2023"
+    write_layout("synthrad2023-task1", root, subjects=6, size=32, num_slices=16)
+    return root
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory, config, processor, make_vae):
+    """The pipeline that a training starts from, saved."""
+    torch.manual_seed(0)
+    model = SynerMedGenForConditionalGeneration(type(config).from_dict(config.to_dict()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("weights") / "start"
+    SynerMedGenPipeline(model, processor, make_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
