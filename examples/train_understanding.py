@@ -10,17 +10,23 @@ is a YAML file of them. Every sample is some images, a question and its answer; 
 answer's tokens.
 
 * The understanding expert, ViT, connector, embeddings and `lm_head` are trained, with `--freeze_vision` all but ViT and
-  connector. The generation expert is frozen and its checksum is compared before and after. Always the full model: Stage
-  II goes on from `OUTPUT_DIR/pipeline`.
-* With `--use_peft`, LoRA adapters on the understanding expert are all that is trained.
+  connector. The generation expert is frozen and its checksum is compared before and after, quantised or not. Always the
+  full model: Stage II goes on from `OUTPUT_DIR/pipeline`.
+* With `--use_peft`, LoRA adapters on the understanding expert are all that is trained. With `--merge_adapter` they are
+  put into the weights as the start stores them, and saved as a pipeline.
 * `--train_sampling_strategy group_by_length` makes batches of rows of about one length. A picture that occurs several
   times in a batch is encoded once.
-* Rows are checked before the first step: pictures, answers, and length against the context.
+* Rows are checked before the first step: pictures, answers, and length against the context, which is the model's unless
+  `--max_length` says otherwise. Rows are never cut.
+* `--shuffle_answers` is a control: whoever learns from such rows must stay at chance.
 * `--resume_from_checkpoint latest` goes on from the newest checkpoint that is whole, to the same losses.
 """
 
 import json
+import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +35,8 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, Image, List, load_dataset
+from huggingface_hub import HfApi
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -44,9 +52,10 @@ from trl import (
 
 from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.collating import QuestionCollator, check_question
+from synermedgen_hf.data.released import find_released
 from synermedgen_hf.data.synermed import TASKS
 from synermedgen_hf.data.understanding import DEFAULT_MIX
-from synermedgen_hf.loading_synermedgen import part_of, weights_checksum
+from synermedgen_hf.loading_synermedgen import combine_digests, part_of, tensor_digest
 from synermedgen_hf.metrics.understanding import answer_questions
 from synermedgen_hf.optimization import MuonWithAdamW
 
@@ -55,6 +64,18 @@ logger = get_logger(__name__)
 NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use."
 # Full paths: names alone would also hit the ViT.
 UNDERSTANDING_EXPERT = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+FIRST_ROWS = 256  # of a stream, which tell what it holds
+# Arguments of questions that are made here, of scans. Rows that are questions already are taken as they are.
+OF_MADE_QUESTIONS = (
+    "phantom_cases",
+    "tasks",
+    "task_shares",
+    "negatives",
+    "neighbours",
+    "min_gap_mm",
+    "label_images",
+    "per_case",
+)
 
 
 @dataclass
@@ -79,19 +100,25 @@ class UnderstandingArguments(ScriptArguments):
     task_shares: list[float] | None = field(
         default=None, metadata={"help": "Share of each of --tasks; by default those of the published set."}
     )
-    negatives: str = field(
-        default="neighbours",
+    negatives: str | None = field(
+        default=None,
         metadata={
-            "help": "Wrong candidates of CTS: neighbours of the slice, random slices of the volume, or both by halves.",
+            "help": "Wrong candidates of CTS: neighbours of the slice (default), random slices of the volume, or both "
+            "by halves.",
             "choices": ["neighbours", "random", "both"],
         },
     )
-    neighbours: int = field(default=8, metadata={"help": "How far neighbours lie, in slices."})
-    min_gap_mm: float = field(default=4.0, metadata={"help": "Smallest distance of two candidates."})
+    neighbours: int | None = field(default=None, metadata={"help": "How far neighbours lie, in slices; 8 by default."})
+    min_gap_mm: float | None = field(
+        default=None, metadata={"help": "Smallest distance of two candidates; 4 by default."}
+    )
     label_images: bool = field(
         default=False, metadata={"help": "Write before each image what the question calls it; helps small models."}
     )
-    per_case: int = field(default=32, metadata={"help": "Questions of each case."})
+    per_case: int | None = field(default=None, metadata={"help": "Questions of each case; 32 by default."})
+    shuffle_answers: bool = field(
+        default=False, metadata={"help": "A control: train on options drawn at random in the place of the answers."}
+    )
     eval_questions: int = field(default=240, metadata={"help": "Held-out questions asked at each evaluation."})
     allow_missing: list[str] = field(
         default_factory=list, metadata={"help": "Tensors, or patterns with *, that may start from random numbers."}
@@ -111,24 +138,47 @@ class UnderstandingArguments(ScriptArguments):
     )
 
 
-def load_questions(args: UnderstandingArguments, seed: int, split: str, per_case: int, **how):
-    """One split of the questions."""
+def makes_questions(args: UnderstandingArguments) -> bool:
+    """Whether questions are made of scans, rather than read from the authors' files or another data set."""
+    return args.dataset_name == "synermed" and not (args.data_dir and find_released(args.data_dir))
+
+
+def check_arguments(script_args: UnderstandingArguments, training_args: SFTConfig):
+    """What can be refused before anything is loaded: arguments that would do nothing, and seeds that differ."""
+    given = [name for name in OF_MADE_QUESTIONS if getattr(script_args, name)]
+    if given and not makes_questions(script_args):
+        where = script_args.data_dir if script_args.dataset_name == "synermed" else script_args.dataset_name
+        raise SystemExit(
+            f"{where} holds questions, which are taken as they are: --{', --'.join(given)} would do nothing. They are "
+            "for questions made of scans; leave them out."
+        )
+    if script_args.phantom_cases and script_args.data_dir:
+        raise SystemExit("--phantom_cases is in the place of --data_dir: leave one of them out.")
+    tasks, shares, config = script_args.tasks, script_args.task_shares, script_args.dataset_config
+    if shares and len(shares) != len(tasks or ()):
+        raise SystemExit(f"--task_shares has {len(shares)} numbers for {len(tasks or ())} --tasks.")
+    if tasks and config != "understanding" and not set(tasks) <= set(TASKS.get(config, ())):
+        raise SystemExit(f"--dataset_config {config} has no other tasks: leave out --tasks, or take understanding.")
+    seeds = set(gather_object([(training_args.seed, training_args.data_seed)]))
+    if len(seeds) > 1:
+        said = " and ".join(f"--seed {seed} --data_seed {data_seed}" for seed, data_seed in sorted(seeds, key=str))
+        raise SystemExit(
+            f"Processes were started with {said}: they would not share out the same rows. Start all with the same."
+        )
+
+
+def load_questions(args: UnderstandingArguments, seed: int, split: str, per_case: int | None = None, **how):
+    """One split of the questions; `per_case` counts where they are made here."""
     options = {"data_dir": args.data_dir} if args.data_dir else {}
-    if args.dataset_name == "synermed":
-        options |= {
-            "difficulty": {"neighbours": "hard", "random": "easy", "both": "mixed"}[args.negatives],
-            "neighbours": args.neighbours,
-            "min_gap_mm": args.min_gap_mm,
-            "label_images": args.label_images,
-            "per_case": per_case,
-            "seed": seed,
-        }
+    if makes_questions(args):
+        given = {"neighbours": args.neighbours, "min_gap_mm": args.min_gap_mm, "per_case": per_case or args.per_case}
+        options |= {name: value for name, value in given.items() if value is not None}
+        difficulty = {"neighbours": "hard", "random": "easy", "both": "mixed"}[args.negatives or "neighbours"]
+        options |= {"difficulty": difficulty, "label_images": args.label_images, "seed": seed}
         if args.phantom_cases:
             options["phantom_cases"] = args.phantom_cases
         if args.tasks:
             shares = args.task_shares or [DEFAULT_MIX.get(task, 1.0) for task in args.tasks]
-            if len(shares) != len(args.tasks):
-                raise ValueError(f"--task_shares has {len(shares)} numbers for {len(args.tasks)} --tasks.")
             options["mix"] = dict(zip(args.tasks, shares, strict=True))
     return load_dataset(args.dataset_name, args.dataset_config, split=split, **how, **options)
 
@@ -156,6 +206,30 @@ def check_questions(dataset, processor, config, max_length: int, split: str):
     files = dataset.cast_column("images", List(Image(decode=False)))
     rows = tqdm(files, desc=f"check {split}", unit="row", disable=not PartialState().is_main_process)
     return dataset.add_column("length", [length_of(row, number) for number, row in enumerate(rows)])
+
+
+def shuffle_answer(row: dict, number: int, seed: int) -> dict:
+    """The row with one of its options, drawn at random, in the place of its answer."""
+    if not row["options"]:
+        raise ValueError(f"Row {number} ({row['task']}) has no options to draw from: --shuffle_answers needs them.")
+    answer = random.Random(f"{seed}/{number}").choice(row["options"])
+    *asked, told = row["messages"]
+    return {"answer": answer, "messages": [*asked, {**told, "content": [{"type": "text", "text": answer}]}]}
+
+
+def held_by(rows) -> tuple[list[str], bool | None]:
+    """The tasks that rows name, and whether several images are labelled; `None` where no row shows several."""
+    tasks, labelled = set(), []
+    for row in rows:
+        tasks.add(row.get("task"))
+        for message in row["messages"]:
+            content = message["content"]
+            kinds = [] if isinstance(content, str) else [part["type"] for part in content]
+            if kinds.count("image") > 1:
+                before = ["image", *kinds]
+                labelled.append(all(before[place] == "text" for place, kind in enumerate(kinds) if kind == "image"))
+    known = [task for task in DEFAULT_MIX if task in tasks]
+    return known + sorted(tasks - {None, "", *known}), all(labelled) if labelled else None
 
 
 class AskQuestions(TrainerCallback):
@@ -263,7 +337,26 @@ def newest_checkpoint(output_dir: Path) -> str | None:
     return None
 
 
+def load_start(script_args: UnderstandingArguments, model_args: ModelConfig, **options) -> SynerMedGenPipeline:
+    """What the training starts from, every tensor accounted for."""
+    options |= {"attn_implementation": model_args.attn_implementation, "revision": model_args.model_revision}
+    return SynerMedGenPipeline.from_pretrained(
+        model_args.model_name_or_path,
+        allow_missing=script_args.allow_missing,
+        print_report=False,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """That of `weights_checksum`, and of quantised weights too, which count with their bytes and their scales."""
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
+        digests = pool.map(lambda name: tensor_digest(name, tensors[name].cpu()), tensors)
+        return combine_digests(dict(zip(tensors, digests, strict=True)))
+
+
 def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_args: ModelConfig):
+    check_arguments(script_args, training_args)
     output_dir = Path(training_args.output_dir)
     is_main = PartialState().is_main_process
     resume = training_args.resume_from_checkpoint
@@ -279,20 +372,15 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
 
     # 1. The model, every tensor accounted for.
     set_seed(training_args.seed)
-    options = {"attn_implementation": model_args.attn_implementation, "revision": model_args.model_revision}
-    if (quantization_config := get_quantization_config(model_args)) is not None:
-        options["quantization_config"] = quantization_config
-    pipe = SynerMedGenPipeline.from_pretrained(
-        model_args.model_name_or_path,
+    pipe = load_start(
+        script_args,
+        model_args,
         dtype=model_args.dtype or "float32",
-        allow_missing=script_args.allow_missing,
-        print_report=False,
-        **{name: value for name, value in options.items() if value is not None},
+        quantization_config=get_quantization_config(model_args),
     )
     model, processor, config = pipe.model, pipe.processor, pipe.model.config
     if "generation" in config.missing_parts and is_main:
         logger.warning("There is no generation expert yet: it stays as random numbers, which Stage II has to train.")
-    frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
     trained_parts = {"understanding"} if script_args.freeze_vision else {"understanding", "vision"}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trained_parts and not model_args.use_peft)
@@ -300,20 +388,26 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if model_args.use_peft and not model_args.lora_target_modules:
         model_args.lora_target_modules = UNDERSTANDING_EXPERT
     peft_config = get_peft_config(model_args)
-    if is_main:
-        print(pipe.load_report.table({"": model, "vae.": pipe.vae}))
-    before = weights_checksum(model, frozen)
+    if is_main:  # now: adapters give tensors other names
+        loaded = {**model.state_dict(), **{f"vae.{name}": tensor for name, tensor in pipe.vae.state_dict().items()}}
+        frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
+        before, whole = checksum({name: loaded[name] for name in frozen}), checksum(loaded)
+        del loaded
 
     # 2. The questions, every row looked at.
     max_length = training_args.max_length or config.text_config.max_position_embeddings
     how = {"streaming": True} if script_args.dataset_streaming else {"num_proc": training_args.dataset_num_proc}
     seed = training_args.data_seed or 0
     with PartialState().main_process_first():
-        train = load_questions(script_args, seed, script_args.dataset_train_split, script_args.per_case, **how)
+        train = load_questions(script_args, seed, script_args.dataset_train_split, **how)
         train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
-    asked = script_args.tasks or TASKS.get(script_args.dataset_config, ())
-    if script_args.dataset_name != "synermed" and isinstance(train, Dataset) and "task" in train.column_names:
-        asked = sorted(set(train["task"]))
+    if script_args.dataset_streaming and makes_questions(script_args):
+        tasks, labelled = script_args.tasks or TASKS[script_args.dataset_config], script_args.label_images
+    else:
+        rows = train.take(FIRST_ROWS) if script_args.dataset_streaming else train.remove_columns("images")
+        tasks, labelled = held_by(rows)
+    if script_args.shuffle_answers:
+        train = train.map(partial(shuffle_answer, seed=seed), with_indices=True)
     if script_args.dataset_streaming:
         train = train.repeat(None)  # processes whose streams end at different times would wait for each other
     held_out, callbacks = None, []
@@ -346,45 +440,63 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     trained = {part_of(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     if "generation" in trained:
         raise SystemExit("--lora_target_modules reaches the generation expert, which Stage I must never change.")
+    if is_main:
+        print(pipe.load_report.table({"": trainer.model, "vae.": pipe.vae}, whole[:16]))
     trainer.train(resume_from_checkpoint=resume)
 
     # 4. The generation expert is what it was; the rest is saved for Stage II.
-    accelerator, model = trainer.accelerator, trainer.model
+    accelerator, tensors = trainer.accelerator, trainer.model.state_dict()
     if trainer.is_fsdp_enabled:
-        gathered, model = accelerator.get_state_dict(trainer.model_wrapped), type(pipe.model)(config)
-        if is_main:
-            model.load_state_dict(gathered)
-    elif peft_config is not None:
-        trainer.save_model()  # the adapter alone
-        if publish and is_main and not script_args.merge_adapter:
-            repo_id = training_args.hub_model_id or output_dir.resolve().name
-            model.push_to_hub(repo_id, private=training_args.hub_private_repo, token=training_args.hub_token)
-        model = model.merge_and_unload() if script_args.merge_adapter else model.get_base_model()
+        tensors = accelerator.get_state_dict(trainer.model_wrapped)  # gathered, for the main process alone
+    prefix = "" if peft_config is None else "base_model.model."
     if is_main:
-        if before != weights_checksum(model, frozen):
+        if before != checksum({name: tensors[prefix + name] for name in frozen}):
             raise RuntimeError("The generation expert has changed, which Stage I must never do. Nothing was saved.")
         print(f"The generation expert is untouched: checksum {before}")
+    repo_id = training_args.hub_model_id or output_dir.resolve().name
+    if is_main and peft_config is not None:
+        trainer.model.save_pretrained(output_dir, state_dict=tensors)  # the adapter alone
+        if publish and not script_args.merge_adapter:
+            api = HfApi(token=training_args.hub_token)
+            repo_id = api.create_repo(repo_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            api.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=["adapter_*", "README.md"])
     if is_main and (peft_config is None or script_args.merge_adapter):
-        pipe.model = model.requires_grad_(True).eval()
+        if peft_config is not None:
+            # Into the weights as the start stores them: those here may be sharded, quantised or rounded.
+            pipe = load_start(script_args, model_args, dtype="auto")
+            pipe.model = PeftModel.from_pretrained(pipe.model, output_dir).merge_and_unload()
+        elif trainer.is_fsdp_enabled:
+            pipe.model = type(pipe.model)(config)
+            pipe.model.load_state_dict(tensors)
+        pipe.model.requires_grad_(True).eval()
+        config = pipe.model.config
         config.missing_parts = [part for part in config.missing_parts if part not in ("understanding", "vision")]
-        config.label_images = script_args.label_images
-        config.trained_tasks = list(dict.fromkeys([*config.trained_tasks, *asked]))
+        if labelled is not None:
+            config.label_images = labelled
+        learned = () if script_args.shuffle_answers else tasks
+        config.trained_tasks = list(dict.fromkeys([*config.trained_tasks, *learned]))
         simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
         if script_args.phantom_cases:
             config.notice = NOTICE
         source = simulated if script_args.phantom_cases else script_args.data_dir or script_args.dataset_name
-        card = {
-            "training_data": f"Stage I ({', '.join(asked)}) on {Path(source).name}, {trainer.state.max_steps} steps."
-        }
+        named = ", ".join(tasks) or "questions of no named task"
+        named += "; answers shuffled, a control" if script_args.shuffle_answers else ""
+        card = {"training_data": f"Stage I ({named}) on {Path(source).name}, {trainer.state.max_steps} steps."}
         pipe.save_pretrained(output_dir / "pipeline", card=card)
         print(f"Saved {output_dir / 'pipeline'}")
         if publish:
-            repo_id = training_args.hub_model_id or output_dir.resolve().name
             private = training_args.hub_private_repo
             pipe.push_to_hub(repo_id, private=private, token=training_args.hub_token, card=card)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
+def parse_args(argv=None) -> tuple[UnderstandingArguments, SFTConfig, ModelConfig]:
+    parser = TrlParser((UnderstandingArguments, SFTConfig, ModelConfig))
+    # TRL would cut at 1024 tokens, which a question about five slices exceeds; nothing is cut here.
+    parser.set_defaults(max_length=None)
+    return parser.parse_args_and_config(argv)
+
+
 if __name__ == "__main__":
-    main(*TrlParser((UnderstandingArguments, SFTConfig, ModelConfig)).parse_args_and_config())
+    main(*parse_args())

@@ -3,11 +3,11 @@
 import contextlib
 import errno
 import functools
-import importlib.util
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,33 +21,30 @@ import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, Features, Image, List, load_dataset
-from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
+from training import EXAMPLES, in_processes, killed, load_script
 from transformers.trainer_callback import TrainerState
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import SFTConfig
 
-from synermedgen_hf import SynerMedGenForConditionalGeneration, SynerMedGenPipeline
+from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data import synermed
 from synermedgen_hf.data.collating import QuestionCollator
-from synermedgen_hf.data.layouts import write_layout
 from synermedgen_hf.loading_synermedgen import PART_PATTERNS, part_of
 from synermedgen_hf.metrics.understanding import answer_questions
 from synermedgen_hf.modeling_synermedgen import SynerMedGenAttention
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT, RECIPES = EXAMPLES / "train_understanding.py", sorted((EXAMPLES / "recipes").glob("understanding*.yaml"))
 WEIGHTS = "model/model.safetensors"
 # Read by PEFT off every model it wraps.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-# 8 rows in an epoch of 4 steps; a checkpoint at 2, 4 and 6.
+# 8 rows, CTS and TIA, in an epoch of 4 steps; a checkpoint at 2, 4 and 6.
 USUAL = {
     "report_to": "none",
     "bf16": False,
     "use_cpu": True,
     "disable_tqdm": True,
-    "per_case": 2,
     "per_device_train_batch_size": 2,
     "gradient_checkpointing": False,
     "learning_rate": 1e-3,
@@ -78,43 +75,12 @@ def command_line(options):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_understanding", SCRIPT)
-    module = sys.modules["train_understanding"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def parse(script):
-    def parse(arguments):
-        # A parser of its own each time: what a recipe sets would stay its defaults.
-        return TrlParser((script.UnderstandingArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
-
-    return parse
+    return load_script("train_understanding")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     return tmp_path_factory.mktemp("stage one")
-
-
-@pytest.fixture(scope="module")
-def scans(work):
-    """Four patients to train on, one to validate."""
-    write_layout("synthrad2023-task1", work / "SynthRAD2023", subjects=6, size=32, num_slices=16)
-    return work / "SynthRAD2023"
-
-
-@pytest.fixture(scope="module")
-def start(work, config, processor, make_vae):
-    """The pipeline that the training starts from, saved."""
-    torch.manual_seed(0)
-    model = SynerMedGenForConditionalGeneration(type(config).from_dict(config.to_dict()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    SynerMedGenPipeline(model, processor, make_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(work / "start")
-    return work / "start"
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +91,21 @@ def arguments(start, scans):
         paths = {"model_name_or_path": start, "data_dir": scans, "output_dir": folder}
         if "dataset_name" in options or "phantom_cases" in options:
             del paths["data_dir"]
-        return command_line({**paths, **USUAL, **options})
+        made = {} if {"dataset_name", "data_dir"} & options.keys() else {"per_case": 2}
+        return command_line({**paths, **USUAL, **made, **options})
 
     return arguments
 
 
 @pytest.fixture(scope="module")
-def train(script, parse, arguments):
+def train(script, arguments):
     """`python examples/train_understanding.py ...` in this process; what it printed."""
 
     def train(folder, **options):
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said):
-                script.main(*parse(arguments(folder, **options)))
+                script.main(*script.parse_args(arguments(folder, **options)))
         finally:
             # The next one may be of another precision.
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -169,7 +136,16 @@ def trained(uninterrupted):
 @pytest.fixture(scope="module")
 def rows(scans):
     """The questions that are trained on, pictures as files."""
-    dataset = load_dataset("synermed", "understanding", data_dir=str(scans), split="train", per_case=2)
+    return questions(scans)
+
+
+@pytest.fixture(scope="module")
+def labelled_rows(scans):
+    return questions(scans, label_images=True)
+
+
+def questions(scans, **options):
+    dataset = load_dataset("synermed", "understanding", data_dir=str(scans), split="train", per_case=2, **options)
     return list(dataset.cast_column("images", List(Image(decode=False))))
 
 
@@ -197,12 +173,6 @@ def history(folder, step=None):
 
 def losses(folder, step=None):
     return [row["loss"] for row in history(folder, step) if "loss" in row]
-
-
-def killed(folder, copy, keep):
-    """A training as it lies there after it was killed, with the checkpoint of step `keep` as its newest."""
-    late = [path.name for path in folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > keep]
-    return shutil.copytree(folder, copy, ignore=lambda *_: ["pipeline", *late])
 
 
 def weights(pipeline):
@@ -243,6 +213,33 @@ def test_the_eyes_stay_where_that_is_asked_for(start, train, tmp_path):
     assert moved(before, weights(tmp_path / "frozen" / "pipeline")) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {**LORA, "load_in_4bit": True}], ids=["float32", "4 bit"])
+def test_a_generation_expert_that_changed_is_found_and_nothing_is_saved(script, train, tmp_path, monkeypatch, options):
+    if options:
+        pytest.importorskip("bitsandbytes")
+
+    def damage(trainer, **kwargs):
+        name = "model.language_model.layers.1.mlp_moe_gen.up_proj.weight"
+        parameters = dict(trainer.model.named_parameters())
+        weight = next(parameter for full, parameter in parameters.items() if full.endswith(name))
+        weight.data.view(-1)[0] += 1  # where it is quantised, a byte of two values
+
+    monkeypatch.setattr(script.StageOneTrainer, "train", damage)
+    with pytest.raises(RuntimeError, match="generation expert has changed"):
+        train(tmp_path / "out", **{**options, **BRIEF})
+    assert not [*tmp_path.glob("out/pipeline"), *tmp_path.glob("out/adapter*")]
+
+
+def test_adapters_of_a_quantised_model_leave_it_as_it_is_and_go_into_the_weights_as_stored(train, start, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    said = train(tmp_path / "out", load_in_4bit=True, merge_adapter=True, **{**LORA, **BRIEF})
+    assert re.search(r"The generation expert is untouched: checksum [0-9a-f]{64}", said)
+    before = weights(start)
+    assert moved(before, weights(tmp_path / "out" / "pipeline")) == {
+        name for name in before if MATRICES.fullmatch(name)
+    }
+
+
 def test_labels_of_images_are_remembered(trained, train, tmp_path):
     assert load(trained / "pipeline").model.config.label_images is False
     train(tmp_path / "labelled", **BRIEF, label_images=True)
@@ -251,7 +248,7 @@ def test_labels_of_images_are_remembered(trained, train, tmp_path):
 
 def test_the_result_is_a_pipeline_that_answers(trained, scans):
     pipe = load(trained / "pipeline")
-    assert pipe.model.config.trained_tasks == ["CTS", "TIA", "MI"]
+    assert pipe.model.config.trained_tasks == ["CTS", "TIA"]
     assert not pipe.model.training and all(parameter.requires_grad for parameter in pipe.model.parameters())
     row = next(iter(load_dataset("synermed", "mi", data_dir=str(scans), split="test", streaming=True)))
     assert isinstance(pipe.answer(row["images"], row["question"], max_new_tokens=2), str)
@@ -263,18 +260,23 @@ def test_the_report_comes_first_and_the_card_last(trained, start, work):
     assert re.search(r"\n  understanding +\d+ +0 +0 +0 +0.03 M +0.03 M +0 +float32", said)
     assert re.search(r"\n  generation +\d+ +0 +0 +0 +0.03 M +0 +0.03 M +float32", said)
     assert said.index("'loss'") < said.index("The generation expert is untouched: checksum ")
-    assert "Stage I (CTS, TIA, MI) on SynthRAD2023, 6 steps." in (trained / "pipeline" / "README.md").read_text()
+    assert "Stage I (CTS, TIA) on SynthRAD2023, 6 steps." in (trained / "pipeline" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("mode", ["random", "LoRA"])
-def test_the_report_says_what_is_trained(uninterrupted, work, mode):
-    uninterrupted(mode)
+def test_the_report_is_of_the_weights_loaded_and_of_what_is_trained(uninterrupted, work, start, mode):
+    folder, pipe = uninterrupted(mode), load(start)
     said = (work / f"whole {mode}.txt").read_text()
+    assert pipe.load_report.table({"": pipe.model, "vae.": pipe.vae}).splitlines()[0] in said
     trained = dict(re.findall(r"\n  (\w+) +\d+ +0 +0 +0 +\d.\d\d M +([\d.]+)", said))
     assert [part for part, size in trained.items() if float(size) > 0] == {
         "random": ["understanding", "vision"],
-        "LoRA": [],
+        "LoRA": ["understanding"],
     }[mode]
+    if mode == "LoRA":
+        adapter = load_file(folder / "adapter_model.safetensors")
+        size = sum(tensor.numel() for tensor in adapter.values())
+        assert trained["understanding"] == f"{size / 1e6:.2f}"
 
 
 @pytest.mark.parametrize("batch", [ROWS, 2])
@@ -293,8 +295,8 @@ def test_the_loss_is_that_of_the_answers_tokens(train, start, scans, tmp_path, b
 
 
 @pytest.mark.parametrize("negatives", ["neighbours", "random", "both"])
-def test_wrong_candidates_are_of_the_kind_asked_for(script, parse, arguments, tmp_path, negatives):
-    options, *_ = parse(arguments(tmp_path / "out", tasks=["CTS"], negatives=negatives))
+def test_wrong_candidates_are_of_the_kind_asked_for(script, arguments, tmp_path, negatives):
+    options, *_ = script.parse_args(arguments(tmp_path / "out", tasks=["CTS"], negatives=negatives))
     rows = script.load_questions(options, 0, "train", per_case=4, streaming=True)
     expected = {"neighbours": {"hard"}, "random": {"easy"}, "both": {"hard", "easy"}}
     assert {row["difficulty"] for row in rows} == expected[negatives]
@@ -310,15 +312,87 @@ def test_some_of_the_tasks_are_learned_and_remembered(train, start, tmp_path):
     assert load(tmp_path / "VQA" / "pipeline").model.config.trained_tasks == ["MI", "VQA"]
 
 
-def test_the_shares_of_tasks_are_those_asked_for(script, parse, arguments, tmp_path):
-    options, *_ = parse(arguments(tmp_path / "out", tasks=["MI", "VQA"], task_shares=[1, 9]))
+def test_the_shares_of_tasks_are_those_asked_for(script, arguments, tmp_path):
+    options, *_ = script.parse_args(arguments(tmp_path / "out", tasks=["MI", "VQA"], task_shares=[1, 9]))
     tasks = [row["task"] for row in script.load_questions(options, 0, "train", per_case=20)]
     assert set(tasks) == {"MI", "VQA"} and tasks.count("VQA") > 3 * tasks.count("MI")
 
 
-def test_shares_are_as_many_as_tasks(train, tmp_path):
-    with pytest.raises((ValueError, SystemExit), match="task_shares"):
-        train(tmp_path / "out", tasks=["MI", "VQA"], task_shares=[1])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tasks": ["MI", "VQA"], "task_shares": [1]}, "--task_shares has 1 numbers for 2 --tasks"),
+        ({"task_shares": [1, 2]}, "--task_shares has 2 numbers for 0 --tasks"),
+        ({"dataset_config": "mi", "tasks": ["MI", "CTS"]}, "--dataset_config mi has no other tasks"),
+        ({"phantom_cases": [1, 1, 1], "data_dir": "scans"}, "--phantom_cases is in the place of --data_dir"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused_before_anything_is_loaded(train, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "out", model_name_or_path="nowhere", **options)
+
+
+MADE = {
+    "phantom_cases": [1, 1, 1],
+    "tasks": ["MI"],
+    "task_shares": [1],
+    "negatives": "neighbours",
+    "neighbours": 8,
+    "min_gap_mm": 4.0,
+    "label_images": True,
+    "per_case": 2,
+}
+
+
+@pytest.fixture
+def released(tmp_path, rows):
+    """The authors' files with one question of two images for each of some patients, in a folder of a folder."""
+    folder = tmp_path / "data" / "SynerMed"
+    (folder / "slice").mkdir(parents=True)
+    lines = []
+    for number in range(20):
+        names = [f"p{number}/{kind}_70.png" for kind in ("ct", "mr")]
+        for name, picture in zip(names, rows[0]["images"], strict=False):
+            (folder / "slice" / name).parent.mkdir(exist_ok=True)
+            (folder / "slice" / name).write_bytes(picture["bytes"])
+        turns = [("human", "<image><image>Which text says what changes? A, B, C or D."), ("gpt", "A")]
+        told = [{"from": role, "value": value} for role, value in turns]
+        lines.append(json.dumps({"image": names, "conversations": told, "case_id": f"p{number}", "slice_idx": 70}))
+    (folder / "SynerMed.jsonl").write_text("\n".join(lines))
+    return {"data_dir": tmp_path / "data"}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_arguments_of_questions_made_here_are_refused_for_those_of_a_file(script, name, released, own, rows):
+    assert set(MADE) == set(script.OF_MADE_QUESTIONS)
+    for where in (released, own(rows)):
+        paths = {"model_name_or_path": "nowhere", "output_dir": "nowhere", "use_cpu": True, **where}
+        with pytest.raises(SystemExit, match=f"holds questions, .*: --{name} would do nothing"):
+            script.main(*script.parse_args(command_line({**paths, name: MADE[name]})))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_the_rows_hold_is_remembered_whatever_the_weights_had_learned(
+    own, rows, labelled_rows, train, start, tmp_path, streaming
+):
+    options = {**own(labelled_rows), "dataset_streaming": streaming, **BRIEF}
+    train(tmp_path / "labelled", **options)
+    config = load(tmp_path / "labelled" / "pipeline").model.config
+    assert config.trained_tasks == ["CTS", "TIA"] and config.label_images is True
+
+
+def test_what_the_authors_file_holds_is_remembered(released, train, start, tmp_path):
+    train(tmp_path / "out", **released, **BRIEF)
+    config = load(tmp_path / "out" / "pipeline").model.config
+    assert config.trained_tasks == ["TIA"] and config.label_images is False
+
+
+def test_rows_tell_their_tasks_and_whether_their_images_are_labelled(script, rows, labelled_rows):
+    assert script.held_by(rows) == (["CTS", "TIA"], False)
+    assert script.held_by(labelled_rows) == (["CTS", "TIA"], True)
+    assert script.held_by([*rows, *labelled_rows])[1] is False
+    one = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]}
+    assert script.held_by([one, {**one, "task": "VQA"}, {**one, "task": "MI"}]) == (["MI", "VQA"], None)
 
 
 def test_weights_trained_on_simulated_patients_say_so(train, tmp_path, monkeypatch):
@@ -335,13 +409,14 @@ def test_tasks_of_a_data_set_of_ones_own_are_remembered(own, rows, train, tmp_pa
     assert set(tasks) == {row["task"] for row in rows}
 
 
-def test_evaluation_tells_accuracy_by_task_and_route(script, parse, arguments, train, trained, tmp_path):
+def test_evaluation_tells_accuracy_by_task_and_route(script, arguments, train, trained, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "eval_questions": 7, "per_device_eval_batch_size": 2}
     train(tmp_path / "out", max_steps=4, **options)
     logged = [row for row in history(tmp_path / "out") if any(name.startswith("eval_accuracy/") for name in row)]
     assert [row["step"] for row in logged] == [2, 4]
     # The same as if the saved pipeline were asked.
-    asked = script.load_questions(parse(arguments(tmp_path))[0], 0, "validation", per_case=8, streaming=True)
+    args, *_ = script.parse_args(arguments(tmp_path))
+    asked = script.load_questions(args, 0, "validation", per_case=8, streaming=True)
     pipe = load(tmp_path / "out" / "pipeline")
     expected = script.accuracies(list(answer_questions(pipe.model, pipe.processor, asked.take(7), generate=False)))
     assert {name: value for name, value in logged[-1].items() if name in expected} == expected
@@ -457,6 +532,51 @@ def test_a_folder_that_holds_a_result_is_not_written_over(train, tmp_path, mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Controls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_shuffled_answers_are_options_drawn_at_random(script, rows):
+    shuffled = [{**row, **script.shuffle_answer(row, number, seed=0)} for number, row in enumerate(rows * 50)]
+    right = sum(row["answer"] == true["answer"] for row, true in zip(shuffled, rows * 50, strict=True))
+    assert {len(row["options"]) for row in rows} == {4} and 0.15 < right / len(shuffled) < 0.35
+    for row, true in zip(shuffled, rows * 50, strict=True):
+        *asked, told = row["messages"]
+        assert asked == true["messages"][:-1] and told["role"] == "assistant"
+        assert told["content"] == [{"type": "text", "text": row["answer"]}] and row["answer"] in row["options"]
+    with pytest.raises(ValueError, match="Row 3 .* has no options to draw from"):
+        script.shuffle_answer({**rows[0], "options": []}, 3, seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_weights_trained_on_shuffled_answers_have_learned_no_task(trained, train, tmp_path, streaming):
+    train(tmp_path / "out", shuffle_answers=True, dataset_streaming=streaming, max_steps=2, save_steps=2)
+    assert load(tmp_path / "out" / "pipeline").model.config.trained_tasks == []
+    assert "answers shuffled, a control" in (tmp_path / "out" / "pipeline" / "README.md").read_text()
+    assert streaming or losses(tmp_path / "out") != losses(trained, 2)
+
+
+@pytest.mark.slow
+def test_only_what_is_taught_is_learned(train, scans, tmp_path):
+    """Whoever learns MI knows no CTS, and whoever learns MI from shuffled answers knows nothing."""
+    options = {"tasks": ["MI"], "per_case": 64, "max_steps": 300, "per_device_train_batch_size": 16}
+    options |= {"learning_rate": 3e-3, "save_strategy": "no"}
+    train(tmp_path / "MI", **options)
+    train(tmp_path / "shuffled", **options, shuffle_answers=True)
+
+    def accuracy(folder, task):
+        pipe = load(folder / "pipeline")
+        asked = load_dataset("synermed", task, data_dir=str(scans), split="test", per_case=256)
+        records = list(answer_questions(pipe.model, pipe.processor, asked, generate=False))
+        chance = sum(1 / len(record["options"]) for record in records) / len(records)
+        return sum(record["correct"] for record in records) / len(records), chance
+
+    for folder, task, is_learned in (("MI", "mi", True), ("MI", "cts", False), ("shuffled", "mi", False)):
+        right, chance = accuracy(tmp_path / folder, task)
+        assert right > 0.9 if is_learned else abs(right - chance) < 0.1, (folder, task, right, chance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What cannot be learned from
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -565,7 +685,7 @@ def test_a_merged_adapter_is_a_pipeline(train, uninterrupted, start, tmp_path):
     train(tmp_path / "out", merge_adapter=True, **LORA)
     before, after = weights(start), weights(tmp_path / "out" / "pipeline")
     assert moved(before, after) == {name for name in before if MATRICES.fullmatch(name)}
-    assert load(tmp_path / "out" / "pipeline").model.config.trained_tasks == ["CTS", "TIA", "MI"]
+    assert load(tmp_path / "out" / "pipeline").model.config.trained_tasks == ["CTS", "TIA"]
     # The same as the adapter alone, put on the same weights.
     adapter = load_file(uninterrupted("LoRA") / "adapter_model.safetensors")
     config = json.loads((uninterrupted("LoRA") / "adapter_config.json").read_text())
@@ -586,8 +706,8 @@ def test_the_pipeline_is_published(train, trained, hub, tmp_path):
     pushed, local = hub.files("lab/stage-one"), contents(tmp_path / "out" / "pipeline")
     assert pushed[WEIGHTS] == local[Path(WEIGHTS)] and pushed.keys() - {".gitattributes"} == set(map(str, local))
     assert HfApi(endpoint=hub.url, token=hub.token).model_info("lab/stage-one").private
-    assert "Stage I (CTS, TIA, MI) on SynthRAD2023, 6 steps." in pushed["README.md"].decode()
-    assert load("lab/stage-one").model.config.trained_tasks == ["CTS", "TIA", "MI"]
+    assert "Stage I (CTS, TIA) on SynthRAD2023, 6 steps." in pushed["README.md"].decode()
+    assert load("lab/stage-one").model.config.trained_tasks == ["CTS", "TIA"]
 
 
 def test_an_adapter_is_published(train, hub, tmp_path):
@@ -602,18 +722,39 @@ def arguments_of(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_understood(parse, recipe):
-    parsed = {name: value for part in parse(arguments_of(recipe)) for name, value in vars(part).items()}
+def test_a_recipe_is_understood(script, recipe):
+    parsed = {name: value for part in script.parse_args(arguments_of(recipe)) for name, value in vars(part).items()}
     own = {"model_name_or_path", "data_dir", "output_dir"}  # said on the command line, which goes before the recipe
     for name, value in yaml.safe_load(recipe.read_text()).items():
         assert name in own or parsed[name] in (value, [value]), name
 
 
-def test_the_context_of_a_recipe_holds_the_rows_it_speaks_of(parse):
+def test_the_context_of_a_recipe_holds_the_rows_it_speaks_of(script):
     for recipe in RECIPES:
         rows = [int(tokens.replace(",", "")) for tokens in re.findall(r"([\d,]+) tokens", recipe.read_text())]
-        max_length = parse(arguments_of(recipe))[1].max_length
+        max_length = script.parse_args(arguments_of(recipe))[1].max_length
         assert max_length is None or max_length >= min(rows, default=0), recipe.name
+
+
+def test_the_command_of_the_header_gets_as_far_as_the_first_step(script, start, scans, tmp_path, monkeypatch):
+    """As it is written, but for its paths, on scans of the usual size: none of the rows is refused."""
+    command, _ = re.findall(r"\n\n    (\S.+?)(?=\n\n)", script.__doc__, re.DOTALL)
+    launched = shlex.split(command.replace("\\\n", ""))
+    assert launched[:3] == ["accelerate", "launch", "examples/train_understanding.py"]
+    args = script.parse_args(launched[3:])
+    assert (args[0].dataset_name, args[0].data_dir) == ("synermed", "/data/SynthRAD2023")
+    args[0].data_dir, args[1].output_dir, args[2].model_name_or_path = str(scans), str(tmp_path / "out"), str(start)
+
+    class Reached(Exception):
+        pass
+
+    def trainer(train_dataset, **kwargs):
+        assert max(train_dataset["length"]) > SFTConfig(use_cpu=True, bf16=False).max_length
+        raise Reached
+
+    monkeypatch.setattr(script, "StageOneTrainer", trainer)
+    with pytest.raises(Reached):
+        script.main(*args)
 
 
 def test_the_files_that_commands_name_are_there():
@@ -626,15 +767,30 @@ def test_the_files_that_commands_name_are_there():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_processes(arguments, count, timeout=300):
-    """`torchrun` on the CPU; after `timeout` seconds it ends its processes, as it does when it is told to end."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*launch, str(SCRIPT), *arguments], env=environment) as process:
-        try:
-            assert process.wait(timeout) == 0
-        finally:
-            process.terminate()
+@pytest.mark.parametrize("others", [(1, None), (42, 0)])
+def test_processes_with_different_seeds_are_refused_before_anything_is_loaded(
+    script, train, tmp_path, monkeypatch, others
+):
+    monkeypatch.setattr(script, "gather_object", lambda mine: [*mine, others])
+    with pytest.raises(SystemExit, match="Processes were started with --seed .* and --seed .* Start all with the same"):
+        train(tmp_path / "out", model_name_or_path="nowhere")
+
+
+@pytest.mark.slow
+def test_two_processes_started_with_different_seeds_are_both_refused(arguments, tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments(tmp_path / "out", seed=rank)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        assert "Start all with the same" in process.communicate(timeout=300)[1] and process.returncode == 1
 
 
 @pytest.mark.slow
@@ -642,7 +798,7 @@ def in_processes(arguments, count, timeout=300):
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(train, arguments, tmp_path, mode):
     options = {**MODES[mode], "eval_strategy": "steps", "eval_steps": 3, "eval_questions": 7}
     train(tmp_path / "one", **options, per_device_train_batch_size=4)
-    in_processes(arguments(tmp_path / "two", **options), 2)
+    in_processes("train_understanding", arguments(tmp_path / "two", **options), 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     accuracy = [
         [value for row in history(tmp_path / name) for key, value in row.items() if key.startswith("eval_accuracy")]
@@ -650,15 +806,15 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(train, argume
     ]
     assert accuracy[0] == accuracy[1] and len(accuracy[0]) > 6
     resumed = killed(tmp_path / "two", tmp_path / "resumed", keep=2)
-    in_processes(arguments(resumed, **options, resume_from_checkpoint="latest"), 2)
+    in_processes("train_understanding", arguments(resumed, **options, resume_from_checkpoint="latest"), 2)
     assert losses(resumed) == losses(tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_two_processes_read_streams_of_different_lengths(own, rows, arguments, tmp_path):
     """5 and 14 rows: batches of the last step are 1 and 2."""
-    options = {"dataset_streaming": True, "gradient_accumulation_steps": 2, "max_length": 2048}
-    in_processes(arguments(tmp_path / "out", **own(rows[:5], [*rows, *rows[:6]]), **options), 2, timeout=60)
+    options = {**own(rows[:5], [*rows, *rows[:6]]), "dataset_streaming": True, "gradient_accumulation_steps": 2}
+    in_processes("train_understanding", arguments(tmp_path / "out", **options), 2, timeout=60)
     assert len(losses(tmp_path / "out")) == 6
 
 

@@ -152,6 +152,12 @@ def test_the_released_files_are_known_by_their_names(tmp_path):
     assert find_released(tmp_path / "manifest.csv") == {}
 
 
+def test_the_released_files_are_found_in_a_folder_inside_the_one_that_is_named(tmp_path):
+    (tmp_path / "SynerMed").mkdir()
+    (tmp_path / "SynerMed" / "SynerMed.jsonl").touch()
+    assert find_released(tmp_path) == find_released(tmp_path / "SynerMed") != {}
+
+
 def test_what_a_configuration_needs_and_lacks_is_said(tmp_path):
     (tmp_path / "SynerMed.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="'pairs' reads SynerMed.parquet, and there is only .*SynerMed.jsonl"):

@@ -31,18 +31,24 @@ MARKER = "<image>"
 
 
 def find_released(root: str | Path) -> dict[str, str]:
-    """Paths of the released files, `parquet`, `jsonl` and `slices`, in a folder or named directly; empty if none."""
+    """
+    Paths of the released files, `parquet`, `jsonl` and `slices`: in a folder, in a folder inside it, or named directly.
+    Empty if there are none.
+    """
     root = Path(root).expanduser()
     if root.is_file():
-        root, named = root.parent, {root.name}
-    else:
-        named = {PARQUET, JSONL}
+        return _released_in(root.parent, {root.name})
+    inside = sorted(root.iterdir()) if root.is_dir() else []
+    return next(filter(None, (_released_in(folder, {PARQUET, JSONL}) for folder in (root, *inside))), {})
+
+
+def _released_in(folder: Path, named: set[str]) -> dict[str, str]:
     found = {}
     for key, name in (("parquet", PARQUET), ("jsonl", JSONL)):
-        if name in named and (root / name).is_file():
-            found[key] = str(root / name)
-    if found and (root / SLICES).is_dir():
-        found["slices"] = str(root / SLICES)
+        if name in named and (folder / name).is_file():
+            found[key] = str(folder / name)
+    if found and (folder / SLICES).is_dir():
+        found["slices"] = str(folder / SLICES)
     return found
 
 

@@ -208,8 +208,7 @@ class SynerMedConfig(datasets.BuilderConfig):
                 'load_dataset("synermed", "phantom") needs none.'
             )
         for root in roots:
-            for folder in [Path(root), *(sorted(Path(root).iterdir()) if Path(root).is_dir() else [])]:
-                self.released = self.released or find_released(folder)
+            self.released = self.released or find_released(root)
         found: dict[str, CaseRecord] = {}
         for root in roots:
             # A released file named by itself is no manifest.
