@@ -13,7 +13,8 @@ Five short trainings on simulated patients stand in for a base.
    same place? Asked among other things, comparing was not learned at all. The lower layers alone must tell: what the
    last layer finds, no layer could use for a letter.
 3. Letters: of four slices, which one? Places go on beside it, lest the gradients of guessing undo comparing. Once
-   letters are learned, the question grows from its last words to all of them: from the start, it would stand in the way.
+   letters are learned, the question grows from its last words to all of them: from the start, it would stand in the
+   way.
 4. Names: eight images in a row, each followed by its modality's name, or four, of which one after the other is asked
    for by name; with letters, lest they be forgotten. What counts is how many names are seen, and a row of Stage I has
    one.
@@ -465,6 +466,8 @@ def main(args):
             parameter.requires_grad_(True)
         log: list[dict] = []
         train(name, loss_of, parameters, steps, args.warmup_steps, log, **rates)
+        if name == "letters" and steps >= 100 and np.mean(recent[-10:]) >= LEARNED:  # fewer steps are a trial
+            raise SystemExit("Letters were not learned, so nothing after them would be: take another --seed.")
         with log_file.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in log)
         unfinished = done.with_suffix(".tmp")

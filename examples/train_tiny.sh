@@ -14,18 +14,14 @@ python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init
 test -e runs/tiny-base/model_index.json ||
     python examples/pretrain_tiny.py --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny-base
 
-# 3. Stage I: the understanding expert, on questions; CTS alone, then all three tasks, then mostly MI, then MI and CTS.
-for recipe in tiny_cts tiny tiny_mi tiny_names; do
+# 3. Stage I: the understanding expert, on questions; all three tasks, then CTS and MI.
+for recipe in tiny tiny_more; do
     config="examples/recipes/understanding_$recipe.yaml"
     python examples/train_understanding.py --config "$config" --resume_from_checkpoint latest
 done
 
 # 4. Stage II: the generation expert, by flow matching over all 22 routes.
-python examples/train_generation.py \
-    --pretrained_model_name_or_path runs/tiny-understanding/pipeline --output_dir runs/tiny \
-    --resume_from_checkpoint latest --train_batch_size 32 --max_train_steps 2000 --lr_warmup_steps 100 \
-    --checkpointing_steps 200 --drop_vae 0.15 --drop_vit 0.3 --multi_source 0.05 \
-    --sampling_steps 4 --guidance_scale 1.0 --image_guidance_scale 1.0
+python examples/train_generation.py --config examples/recipes/generation_tiny.yaml --resume_from_checkpoint latest
 
 # 5. On subjects that none of the above has seen: answers, and syntheses beside what they have to beat.
 synermedgen evaluate-understanding --model runs/tiny/pipeline --phantom-cases 10 --output runs/tiny/answers
@@ -59,10 +55,8 @@ mkdir -p "$out/training/evaluation"
 cp runs/vae/log.jsonl "$out/training/vae_log.jsonl"
 cp runs/vae/training_args.json "$out/training/vae_args.json"
 cp runs/tiny-base/log.jsonl "$out/training/base_log.jsonl"
-cp runs/tiny-cts/checkpoint-500/trainer_state.json "$out/training/understanding_cts_state.json"
-cp runs/tiny-all/checkpoint-650/trainer_state.json "$out/training/understanding_all_state.json"
-cp runs/tiny-mi/checkpoint-320/trainer_state.json "$out/training/understanding_mi_state.json"
-cp runs/tiny-understanding/checkpoint-260/trainer_state.json "$out/training/understanding_names_state.json"
+cp runs/tiny-tasks/checkpoint-500/trainer_state.json "$out/training/understanding_tasks_state.json"
+cp runs/tiny-understanding/checkpoint-400/trainer_state.json "$out/training/understanding_more_state.json"
 cp runs/tiny/answers/summary.json "$out/training/understanding.json"
 cp runs/tiny/log.jsonl "$out/training/generation_log.jsonl"
 cp runs/tiny/training_args.json "$out/training/generation_args.json"

@@ -87,7 +87,7 @@ def test_arms_differ_in_their_questions_alone(options):
     start = {arm: command.index("--pretrained_model_name_or_path") + 1 for arm, command in stage2.items()}
     starts = {arm: stage2[arm].pop(start[arm]) for arm in stage2}
     assert starts.pop("none").endswith("/base") and all(
-        path.endswith("ARM/stage1-4/pipeline") for path in starts.values()
+        path.endswith("ARM/stage1-2/pipeline") for path in starts.values()
     )
     assert len({tuple(command) for command in stage2.values()}) == 1
 
@@ -114,7 +114,7 @@ def test_a_folder_is_that_of_one_ablation_which_may_grow(options):
     run.claim(more, run.make_steps(more))
     config = json.loads((more.output_dir / "config.json").read_text())
     assert (config["seeds"], config["arms"]) == ([0, 1], ["none", "all"])
-    assert {"seed0/none/stage2", "seed1/all/stage1-4"} < config["steps"].keys()
+    assert {"seed0/none/stage2", "seed1/all/stage1-2"} < config["steps"].keys()
     assert config["Stage II"]["freeze"] == "detach"
     other = options("--test_cases", 3)
     with pytest.raises(SystemExit, match="other settings .settings."):

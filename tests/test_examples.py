@@ -1,5 +1,6 @@
 """The example scripts, run for real at tiny size: train, resume, evaluate, demonstrate, measure."""
 
+import errno
 import importlib.util
 import json
 import subprocess
@@ -12,9 +13,11 @@ from nibabel import Nifti1Image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from synermedgen_hf import ROUTES, SynerMedGenPipeline
+from synermedgen_hf import ROUTES, SynerMedGenImageProcessor, SynerMedGenPipeline
+from synermedgen_hf.data.layouts import write_layout
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
 
 
 def run(script: str, *arguments):
@@ -59,7 +62,7 @@ def start(work, vae):
 
 def train_generation(folder, start, data, steps, *more):
     options = ["--train_batch_size", 4, "--checkpointing_steps", 2, "--logging_steps", 1, "--freeze", "none"]
-    options += ["--max_train_steps", steps, "--lr_scheduler", "constant", "--save_dtype", "float32"]
+    options += ["--max_train_steps", steps, "--lr_scheduler", "constant"]
     run("train_generation", "--pretrained_model_name_or_path", start, "--output_dir", folder, *options, *data, *more)
 
 
@@ -79,11 +82,45 @@ def test_the_autoencoder_is_saved_with_the_scale_of_its_latents(vae):
     assert json.loads((vae / "training_args.json").read_text())["max_train_steps"] == 4
 
 
-def test_training_the_autoencoder_resumes_from_the_newest_checkpoint(vae, work, data):
-    train_vae(work / "vae_resumed", data, 2)
-    train_vae(work / "vae_resumed", data, 4, "--resume_from_checkpoint", "latest")
-    folders = {path.name for path in (work / "vae_resumed").glob("checkpoint-*")}
-    assert folders == {"checkpoint-2", "checkpoint-4"}
+def test_training_the_autoencoder_resumes_from_the_newest_checkpoint_that_is_whole(work, data, monkeypatch):
+    import train_generation
+
+    folder, write = work / "vae_resumed", train_generation.write_whole
+
+    def fills_up(path, text):
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_generation, "write_whole", fills_up)
+        with pytest.raises(OSError, match="No space left on device"):
+            train_vae(folder, data, 6)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4.unfinished"}
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "l')  # killed while it was written
+    train_vae(folder, data, 6, "--resume_from_checkpoint", "latest")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_an_autoencoder_of_own_scans_sees_each_slice_once_in_own_windows(work):
+    write_layout("synthrad2023-task1", work / "scans", subjects=4, size=32, num_slices=6)
+    windows = {"CT": {"unit": "HU", "low": -100.0, "high": 200.0, "scale": "linear"}}
+    (work / "windows.json").write_text(json.dumps(windows))
+    scans = ["--data_dir", work / "scans", "--intensity", work / "windows.json", "--num_proc", 1]
+    train_vae(work / "vae_of_scans", scans, 2)
+    assert (work / "vae_of_scans" / "vae" / "config.json").exists()
+
+    script = run("train_vae")
+    rows = script.load_pairs(script.parse_args(list(map(str, ["--output_dir", work, *scans]))), "train", False, 1)
+    size = {"max_size": 64, "min_size": 64, "stride": 16, "max_pixels": 14112 * 128}
+    usual = SynerMedGenImageProcessor(vae_size=size)
+    own = SynerMedGenImageProcessor(vae_size=size, intensity={**usual.intensity, **windows})
+    data, slices = script.encode_pairs(rows, own), rows.filter(lambda row: row["source_modality"] == "CT")
+    assert data.shape == (2 * len(slices), 1, 64, 64)
+    wanted = own.preprocess_slice(slices[0]["source_image"], "CT").vae_pixels[:1].half()
+    assert any(one.equal(wanted) for one in data)
+    assert not any(one.equal(wanted) for one in script.encode_pairs(rows, usual))
 
 
 def test_a_resumed_training_is_identical_to_an_uninterrupted_one(trained, work, start, data):
@@ -126,7 +163,8 @@ def test_training_moves_the_generation_expert(trained, start):
 def test_a_base_learns_to_see_and_to_answer_and_goes_on_where_it_stopped(work, start):
     sizes = ["--train_cases", 1, "--contrast_steps", 2, "--contrast_volumes", 2]
     sizes += ["--places_steps", 2, "--places_batch_size", 2]  # the first step has no learning rate yet
-    sizes += ["--letters_steps", 1, "--letters_batch_size", 2, "--names_steps", 1, "--names_batch_size", 4]
+    sizes += ["--letters_steps", 1, "--letters_batch_size", 4, "--names_steps", 1, "--names_batch_size", 4]
+    sizes += ["--changes_steps", 1, "--changes_batch_size", 2]
     sizes += ["--num_proc", 1, "--cache_dir", work / "phantom"]
     common = ["--pretrained_model_name_or_path", start, *sizes, "--output_dir"]
 
@@ -141,7 +179,7 @@ def test_a_base_learns_to_see_and_to_answer_and_goes_on_where_it_stopped(work, s
     assert any("vision" in name for name in moved) and any("mlp.up_proj" in name for name in moved)
     assert not any("moe_gen" in name or "vae" in name or "time_embedder" in name for name in moved)
     log = [json.loads(line) for line in (work / "base" / "log.jsonl").open()]
-    assert [row["training"] for row in log] == ["eyes", "eyes", "places", "places", "letters", "names"]
+    assert [row["training"] for row in log] == ["eyes", "eyes", "places", "places", "letters", "names", "changes"]
     assert all(np.isfinite(row["loss"]) for row in log)
 
     # Killed after the first training, as it was then.

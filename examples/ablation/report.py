@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import false_discovery_control, t
+from scipy.stats import t
 
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.metrics.comparison import read_cases
 from synermedgen_hf.metrics.protocols import check_same_protocol
 from synermedgen_hf.metrics.report import markdown_table
 from synermedgen_hf.metrics.runs import CASES
-from synermedgen_hf.metrics.statistics import interval_of_mean, paired_p_value
+from synermedgen_hf.metrics.statistics import correct_p_values, interval_of_mean, paired_p_value
 
 REPORT, CURVES, CONFIG = "report.md", "curves.png", "config.json"
 SEEDS_WANTED = 3
@@ -214,7 +214,6 @@ def difference(first: dict[int, Cells], second: dict[int, Cells]) -> dict:
         "difference": float(table.mean()),
         "interval": interval_of_mean(sums, counts),
         "p": paired_p_value(sums / counts),
-        "q": None,
         "patients": len(patients),
         "by_seed": dict(zip(seeds, by_seed.tolist(), strict=True)),
         "seed_interval": seed_interval,
@@ -230,10 +229,7 @@ def compare_arms(runs, comparisons: Iterable[Comparison], metric: str = "ssim") 
         )
         if first.keys() & second.keys():
             found[pair] = difference(first, second)
-    tested = [own for own in found.values() if own["p"] is not None]
-    corrected = false_discovery_control([own["p"] for own in tested]) if tested else []
-    for own, q in zip(tested, corrected, strict=True):
-        own["q"] = float(q)
+    correct_p_values(found.values())
     return found
 
 

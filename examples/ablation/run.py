@@ -12,7 +12,7 @@ One command trains and evaluates everything, step by step, each step a process o
   spread over seeds is that of both trainings; the base is one.
 * A step works in `NAME.unfinished`, which becomes `NAME` when it is done. So what was interrupted goes on: finished
   steps are skipped, and the step that was cut off continues by its own means. Checkpoints of finished trainings go.
-* `config.json` holds every setting, both recipes and the command of every step. A folder that holds another ablation is
+* `config.json` holds every setting, all recipes and the command of every step. A folder that holds another ablation is
   refused; seeds and arms may be added.
 * `report.md` and `curves.png` are written after each evaluation, see `report.py`.
 """
@@ -51,7 +51,7 @@ ARMS: dict[str, tuple[tuple[str, ...], str | None]] = {
 }
 ZERO_SHOT = ("none", "vqa", "all")  # arms that are asked to synthesise without Stage II, too
 SCANNERS = ("usual", "unseen")
-STAGE1 = [EXAMPLES / "recipes" / f"understanding_{name}.yaml" for name in ("tiny_cts", "tiny", "tiny_mi", "tiny_names")]
+STAGE1 = [EXAMPLES / "recipes" / f"understanding_{name}.yaml" for name in ("tiny", "tiny_more")]
 TIMINGS, CONFIG = "timings.jsonl", "config.json"
 
 
