@@ -737,19 +737,19 @@ def test_the_context_of_a_recipe_holds_the_rows_it_speaks_of(script):
 
 
 def test_the_command_of_the_header_gets_as_far_as_the_first_step(script, start, scans, tmp_path, monkeypatch):
-    """As it is written, but for its paths, on scans of the usual size: none of the rows is refused."""
+    """As it is written, but for its paths and on a CPU: no row is refused, nor would a longer one be."""
     command, _ = re.findall(r"\n\n    (\S.+?)(?=\n\n)", script.__doc__, re.DOTALL)
     launched = shlex.split(command.replace("\\\n", ""))
     assert launched[:3] == ["accelerate", "launch", "examples/train_understanding.py"]
-    args = script.parse_args(launched[3:])
+    args = script.parse_args([*launched[3:], "--use_cpu"])
     assert (args[0].dataset_name, args[0].data_dir) == ("synermed", "/data/SynthRAD2023")
+    assert args[1].max_length is None  # TRL's own 1024 tokens are fewer than five slices take
     args[0].data_dir, args[1].output_dir, args[2].model_name_or_path = str(scans), str(tmp_path / "out"), str(start)
 
     class Reached(Exception):
         pass
 
-    def trainer(train_dataset, **kwargs):
-        assert max(train_dataset["length"]) > SFTConfig(use_cpu=True, bf16=False).max_length
+    def trainer(**kwargs):
         raise Reached
 
     monkeypatch.setattr(script, "StageOneTrainer", trainer)

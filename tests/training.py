@@ -21,7 +21,8 @@ def load_script(name: str):
 def killed(folder: Path, copy: Path, keep: int) -> Path:
     """A training as it lies there after it was killed, with the checkpoint of step `keep` as its newest."""
     late = [path.name for path in folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > keep]
-    return shutil.copytree(folder, copy, ignore=lambda *_: ["pipeline", "adapter_model.safetensors", *late])
+    result = ["pipeline", "adapter_model.safetensors", *late]  # a checkpoint has an adapter of its own
+    return shutil.copytree(folder, copy, ignore=lambda inside, _: result if Path(inside) == folder else [])
 
 
 def in_processes(script: str, arguments: list[str], count: int, timeout: int = 300, succeeds: bool = True):

@@ -132,7 +132,8 @@ def test_groups_without_a_weight_count_alike(released):
 
 
 def test_the_data_may_lie_elsewhere(released, tmp_path):
-    file = write(tmp_path, MIXTURE)
+    (tmp_path / "recipes").mkdir()
+    file = write(tmp_path / "recipes", MIXTURE)
     code = import_recipe(file)
     assert "# unified_edit: SynerMed.parquet was not found in the data folder" in code
     assert "# vlm_sft: SynerMed.jsonl was not found in the data folder" in code
