@@ -25,7 +25,6 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from training import EXAMPLES, in_processes, killed, load_script
 from transformers.trainer_callback import TrainerState
-from trl import SFTConfig
 
 from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data import synermed
