@@ -386,7 +386,7 @@ def recipes(tmp_path_factory):
     stage1 |= {"bf16": False, "per_device_train_batch_size": 2, "max_steps": 2, "save_steps": 1, "disable_tqdm": True}
     stage1 |= {"gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 1, "eval_questions": 4}
     stage2 = {"routes": ["MRI-CT", "CT-MRI"], "train_batch_size": 2, "max_train_steps": 2, "checkpointing_steps": 1}
-    stage2 |= {"mixed_precision": "no", "lr_warmup_steps": 0, "num_proc": 1, "save_dtype": "float32"}
+    stage2 |= {"mixed_precision": "no", "lr_warmup_steps": 0, "num_proc": 1}
     stage2 |= {"sampling_steps": 1, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
     for name, recipe in (("stage1", stage1), ("stage2", stage2)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(common | recipe))

@@ -160,7 +160,7 @@ def main(args):
     recipe = {name: value for name, value in recipe.items() if name in TRAINING}
     recipe |= {"pretrained_model_name_or_path": str(args.base), "output_dir": str(training)}
     recipe |= {"dataset_name": str(pictures), "dataset_config_name": "default", "drop_region": 0, "multi_source": 0}
-    recipe |= {"max_train_steps": args.max_train_steps, "seed": args.seed, "save_dtype": "float32"}
+    recipe |= {"max_train_steps": args.max_train_steps, "seed": args.seed}
     write_whole(args.output_dir / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     options = ["--config", args.output_dir / "recipe.yaml", "--resume_from_checkpoint", "latest"]
     train_generation.main(train_generation.parse_args(list(map(str, options))))
