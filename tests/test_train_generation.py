@@ -556,14 +556,20 @@ def test_two_processes_read_shares_of_a_stream_of_different_length(arguments, tm
     options = {"streaming": True, "stream_pool": 40, "train_batch_size": 1}
     in_processes(arguments(tmp_path / "two", **options), 2)
     assert len(losses(tmp_path / "two")) == 6
-    # Each process sees patients of its own; what either learned is known of the whole.
-    known = SynerMedGenPipeline.from_pretrained(tmp_path / "two" / "pipeline").model.config.trained_routes
-    assert set(known) == {f"{region}/{route}" for region in ("brain", "pelvis") for route in ("MRI-CT", "CT-MRI")}
     once = killed(tmp_path / "two", tmp_path / "once", keep=2)
     in_processes(arguments(once, **options, resume_from_checkpoint="latest"), 2)
     twice = killed(once, tmp_path / "twice", keep=4)
     in_processes(arguments(twice, **options, resume_from_checkpoint="latest"), 2)
     assert result(once) == result(twice) == result(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_routes_that_one_process_alone_has_read_are_known_of_the_whole(arguments, tmp_path):
+    """A brain on one, a pelvis on the other."""
+    write_layout("synthrad2023-task1", tmp_path / "scans", subjects=4, size=32, num_slices=16)
+    in_processes(arguments(tmp_path / "two", data_dir=tmp_path / "scans", max_train_steps=2, **STREAM), 2)
+    known = SynerMedGenPipeline.from_pretrained(tmp_path / "two" / "pipeline").model.config.trained_routes
+    assert set(known) == {f"{region}/{route}" for region in ("brain", "pelvis") for route in ("MRI-CT", "CT-MRI")}
 
 
 @pytest.mark.slow

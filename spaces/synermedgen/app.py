@@ -447,9 +447,9 @@ class App:
         with mistakes_told():
             return self.files(result, form, target, int(index), bool(keep_tags))
 
-    def write_picture(self, form, *taken, request: gr.Request):
+    def write_picture(self, form, target, index, keep_tags, request: gr.Request):
         """Another slice: only the file of a single slice has to be written again."""
-        return self.write(form, *taken, request) if form == "PNG of this slice" else gr.skip()
+        return self.write(form, target, index, keep_tags, request) if form == "PNG of this slice" else gr.skip()
 
     def files(self, result: Result, form: str, target: str, index: int, keep_tags: bool = False) -> list[str]:
         # In the folder that gradio serves from and clears away, under a name that nobody can guess.
