@@ -234,10 +234,10 @@ class App:
         sure = found["modality"] if found["probability"] >= SURE else None
         return stated or sure, found["probabilities"]
 
-    def look_at(self, scan: str | None, source: str | None, region: str | None, wanted: str | None = None):
-        """A new scan: what it is, as far as anybody can tell, and what can be made of it, `wanted` first."""
+    def look_at(self, scan: str | None, source: str | None, region: str | None):
+        """The slice that is looked at, what is seen, and `(scan, modality)` as far as anybody can tell."""
         if not scan:
-            return None, "<p class=seen>Nothing uploaded yet.</p>", source, self.offer(source, region)
+            return None, "<p class=seen>Nothing uploaded yet.</p>", (None, None)
         with mistakes_told():
             upload = self.read(scan)
             preview = self.picture_of(upload, region)
@@ -250,23 +250,22 @@ class App:
         if probabilities:
             best = max(probabilities, key=probabilities.get)
             lines.append(f"the model sees {MODALITY_NAMES[best]} ({probabilities[best]:.0%} sure)")
-        source = source or recognised
-        if not source and not probabilities:
+        if not source and not stated and not probabilities:
             lines.append("say below what it is: this checkpoint has not learned to tell")
-        source = source if source in self.sources() else None
-        seen = f"<p class=seen>{'; '.join(map(html.escape, lines))}.</p>"
-        return preview, seen, source, self.offer(source, region, wanted)
+        recognised = recognised if recognised in self.sources() else None
+        return preview, f"<p class=seen>{'; '.join(map(html.escape, lines))}.</p>", (scan, recognised)
 
-    def look_again(self, scan: str | None, source: str | None, region: str | None):
-        """The same scan as one of another region: what the visitor has chosen meanwhile stays."""
-        return self.look_at(scan, source, region)[:2]
+    def settle(self, scan: str | None, source: str | None, region: str | None, targets: list[str], found: tuple):
+        """A source that is not known is what was found; what is known, or was chosen meanwhile, stays."""
+        source = source or (found[1] if found[0] == scan else None)
+        return source, self.offer(source, region, targets)
 
     def forget_the_scan(self):
         """Source, region, reference and its modality, of which another scan knows nothing."""
         return None, "", None, ""
 
-    def offer(self, source: str | None, region: str | None, wanted: str | None = None):
-        """The targets that this checkpoint was trained for."""
+    def offer(self, source: str | None, region: str | None, wanted: list[str]):
+        """The targets that this checkpoint was trained for; those of `wanted` among them are chosen, or the first."""
         choices = self.targets(source, region)
         named = [(MODALITY_NAMES[name], name) for name in choices]
         told = (
@@ -275,7 +274,7 @@ class App:
         told = told or ("" if choices else "Say first which modality the scan is.")
         return gr.CheckboxGroup(
             choices=named,
-            value=[wanted] if wanted in choices else choices[:1],
+            value=[name for name in choices if name in wanted] or choices[:1],
             info=told or "Several at once if you like.",
         )
 
@@ -285,7 +284,8 @@ class App:
         source, target = list(case.files)[:2]
         if (case.region, source, target) not in [route for route in self.routes]:
             source, target = target, source
-        return case.files[source], source, case.region, case.files[target], target
+        offered = self.offer(source, case.region, [target])
+        return case.files[source], source, case.region, case.files[target], target, offered
 
     # ---- synthesis ----
 
@@ -381,6 +381,9 @@ class App:
                         self.results.put(request.session_hash, told)
                     else:
                         yield status(html.escape(told), share)
+        except Exception:
+            yield status("That did not work.")
+            raise
         finally:
             work.close()
         yield status(f"Done in {time_left(time.monotonic() - begin)}.")
@@ -717,25 +720,31 @@ class App:
                     )
 
         private = {"api_visibility": "private"}
-        heard, recognised = [scan, source, region], [preview, seen, source, targets]
-        known = [scan, source, region, reference, reference_target]
-        examples.select(self.take_example, None, known, **private).success(
-            self.look_at, [*heard, reference_target], recognised, show_progress="hidden", **private, **ONE_AT_A_TIME
+        found = gr.State((None, None))
+        heard, looked, settled = [scan, source, region], [preview, seen, found], [source, targets]
+        known = [*heard, reference, reference_target]
+        queued = {"show_progress": "hidden", **private, **ONE_AT_A_TIME}
+        examples.select(self.take_example, None, [*known, targets], **private).success(
+            self.look_at, heard, looked, **queued
         )
         # Of another scan nothing is known: neither modality and region nor reference of the one before.
-        scan.upload(self.forget_the_scan, None, known[1:], **AT_ONCE).then(
-            self.look_at, heard, recognised, show_progress="hidden", **private, **ONE_AT_A_TIME
+        uploaded = scan.upload(self.forget_the_scan, None, known[1:], **AT_ONCE).then(
+            self.look_at, heard, looked, **queued
         )
-        scan.clear(self.forget_the_scan, None, known[1:], **AT_ONCE).then(self.look_at, heard, recognised, **private)
-        gr.on([source.input, region.input], self.offer, [source, region], targets, **AT_ONCE)
+        cleared = scan.clear(self.forget_the_scan, None, known[1:], **AT_ONCE).then(
+            self.look_at, heard, looked, **private
+        )
+        gr.on([source.input, region.input], self.offer, [source, region, targets], targets, **AT_ONCE)
         # Scans of another region are cut along another axis.
-        again = {"show_progress": "hidden", "trigger_mode": "always_last", **private, **ONE_AT_A_TIME}
-        region.input(self.look_again, heard, recognised[:2], **again)
+        cut = region.input(self.look_at, heard, looked, trigger_mode="always_last", **queued)
+        for seen_now in (uploaded, cleared, cut):
+            seen_now.success(self.settle, [*heard, targets, found], settled, **AT_ONCE)
 
         settings = [scan, targets, source, region, steps, guidance, image_guidance, seed, samples]
         inputs = [*settings, reference, reference_target]
-        running = start.click(self.run, inputs, progress, show_progress="minimal", **private, **ONE_AT_A_TIME)
-        cancel.click(lambda: status("Cancelled."), None, progress, cancels=[running], **AT_ONCE)
+        running = start.click(self.run, inputs, progress, **queued)
+        cancel.click(None, cancels=[running])  # first, or a last report of progress would overwrite the word
+        cancel.click(lambda: status("Cancelled."), None, progress, **AT_ONCE)
 
         painted = [shown, view, index, source_window, target_window]
         taken = [form, shown, index, keep_tags]
@@ -752,7 +761,7 @@ class App:
         index.change(self.paint, painted, [pictures, values], **AT_ONCE)
         pointer.point(self.point, [shown, index], values, **AT_ONCE)
         gr.on([form.input, keep_tags.input], self.write, taken, files, **private)
-        index.release(self.write_picture, taken, files, **AT_ONCE)
+        index.change(self.write_picture, taken, files, **AT_ONCE)
 
         with gr.Group(visible=False):  # the same for programs, one target a call
             target = gr.Dropdown([(name, name) for name in MODALITIES], label="target")

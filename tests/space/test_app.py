@@ -40,11 +40,21 @@ def made(app, scan, targets=("CT",), source="MRI", region="brain", **settings):
 
 def test_what_is_known_of_a_scan_outweighs_what_the_model_sees(app, scan, monkeypatch):
     sees(app, monkeypatch, "CT")
-    _, seen, source, _ = app.look_at(str(scan), "MRI", "brain")
-    assert source == "MRI" and "model sees CT (90% sure)" in seen
-    assert app.look_at(str(scan), None, "brain")[2] == "CT"
+    _, seen, found = app.look_at(str(scan), None, "brain")
+    assert found == (str(scan), "CT") and "model sees CT (90% sure)" in seen
+    settled = [str(scan), "MRI", "brain", []]
+    assert app.settle(*settled, found)[0] == "MRI"  # an example's, or chosen while the model looked
+    settled[1] = None
+    assert app.settle(*settled, found)[0] == "CT"
+    assert app.settle(*settled, ("another scan", "CT"))[0] is None
     sees(app, monkeypatch, "CT", probability=0.3)
-    assert app.look_at(str(scan), None, "brain")[2] is None
+    assert app.look_at(str(scan), None, "brain")[2] == (str(scan), None)
+
+
+def test_chosen_targets_stay_where_they_can_be_made(app):
+    assert app.offer("T1", "brain", ["T2", "CT"]).value == ["T2"]
+    assert app.offer("MRI", "brain", ["T2"]).value == ["CT"]
+    assert app.offer(None, "brain", ["T2"]).value == []
 
 
 def test_the_model_is_shown_what_training_showed(app, scan, monkeypatch):
@@ -119,8 +129,10 @@ def test_too_little_memory_is_said(app, scan, monkeypatch, error):
 
     monkeypatch.setattr(app.pipe, "synthesise_batch", fail)
     request = SimpleNamespace(session_hash="visitor")
+    shown = []
     with pytest.raises(gr.Error, match="more memory than this machine has"):
-        list(app.run(str(scan), ["CT"], "MRI", "brain", *SETTINGS.values(), None, "", request))
+        shown.extend(app.run(str(scan), ["CT"], "MRI", "brain", *SETTINGS.values(), None, "", request))
+    assert "That did not work" in shown[-1]
     with pytest.raises(gr.Error, match="more memory than this machine has"):
         list(app.synthesize(str(scan), "CT", "MRI", "brain", *SETTINGS.values()))
 

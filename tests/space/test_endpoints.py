@@ -32,6 +32,11 @@ def test_the_endpoints_are_named_and_documented(client):
     names = [parameter["parameter_name"] for parameter in told["/synthesize"]["parameters"]]
     assert names[:4] == ["scan", "target", "source", "region"]
     assert "PET" in told["/synthesize"]["parameters"][1]["type"]["enum"]
+    for endpoint, names in {
+        "/identify": ["scan", "region"],
+        "/answer": ["scans", "question", "region", "labels"],
+    }.items():
+        assert [parameter["parameter_name"] for parameter in told[endpoint]["parameters"]] == names
 
 
 def test_a_volume_comes_back_on_its_grid(client, scan):

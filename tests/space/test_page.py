@@ -82,6 +82,7 @@ class Page:
 
     def synthesize(self, source, steps, samples):
         """The first target of an upload that is a `source`, with settings of one's own."""
+        self.wait(lambda: "×" in self.text(".seen"), "the scan to be read")
         self.choose("#source", source)
         self.wait(lambda: self.all("#targets input[type=checkbox]"), "targets")
         self.click("#advanced button.label-wrap")
@@ -97,6 +98,10 @@ class Page:
         self.wait(lambda: [one for one in self.all("ul[role=listbox] li") if one.text.strip("✓ \n") == label])[
             0
         ].click()
+
+    def offered(self, ending):
+        """Links to files of this name."""
+        return [link for link in self.all("#files a") if (link.get_attribute("href") or "").endswith(ending)]
 
     def press(self, *keys):
         """Keys, wherever the focus is."""
@@ -181,7 +186,7 @@ def test_from_the_upload_to_the_volume(visit, scan):
     assert page.one("#pictures img").get_attribute("src").endswith(".png")
 
     # Take it away: the file that the page offers, by the address the browser would fetch.
-    link = page.wait(lambda: [one for one in page.all("#files a") if ".nii.gz" in (one.get_attribute("href") or "")])[0]
+    link = page.wait(lambda: page.offered(".nii.gz"))[0]
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", link)
     link.click()
     page.wait(lambda: list(page.downloads.glob("*.nii.gz")), "the download")
@@ -203,7 +208,7 @@ def test_the_spread_of_seeds_and_a_derived_series(visit, series, tmp_path):
     page.shoot("spread")
 
     page.pick("#form", "Derived DICOM")
-    link = page.wait(lambda: [one for one in page.all("#files a") if ".zip" in (one.get_attribute("href") or "")])[0]
+    link = page.wait(lambda: page.offered(".zip"))[0]
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", link)
     link.click()
     page.wait(lambda: list(page.downloads.glob("*.zip")), "the download")
@@ -248,6 +253,7 @@ def test_another_target_chosen_during_a_run_is_for_the_next_one(visit, scan):
     assert "slice" in page.text("#progress")  # while it runs
     page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
     page.wait(lambda: "Synthetic T1CE" in page.text("#values"), "what was asked for first")
+    page.fill("#steps", 1)
     page.click("#start")
     page.wait(lambda: "Synthetic T2" in page.text("#values"), "what was asked for then")
 
@@ -274,7 +280,6 @@ def test_the_handle_of_the_pictures_moves(visit):
         ActionChains(page.driver).drag_and_drop_by_offset(handle, -way * 150, 0).perform()
 
 
-@pytest.mark.slow  # failed once on a busy machine, not understood yet
 def test_everything_by_the_keyboard(visit):
     page = visit()
     page.tab_to("#examples button")
@@ -292,7 +297,12 @@ def test_everything_by_the_keyboard(visit):
     page.wait(lambda: page.text("#values") != before, "the values of another slice")
     page.tab_to("#form label:nth-of-type(2)")
     page.press(Keys.SPACE)
-    page.wait(lambda: [one for one in page.all("#files a") if ".mha" in (one.get_attribute("href") or "")], "an .mha")
+    page.wait(lambda: page.offered(".mha"), "an .mha")
+    page.tab_to("#form label:nth-of-type(3)")
+    page.press(Keys.SPACE)
+    page.wait(lambda: page.offered("_slice006.png"), "the picture of this slice")
+    page.one("#slice input[type=range]").send_keys(Keys.ARROW_RIGHT)
+    page.wait(lambda: page.offered("_slice007.png"), "the picture of another slice")
     page.shoot("keyboard")
 
 
