@@ -653,15 +653,16 @@ def main(args):
     logger.info("%d samples in a step", total_samples)
     if args.report_to:
         accelerator.init_trackers("synermedgen-generation", {name: str(value) for name, value in vars(args).items()})
-    start, log = time.monotonic(), None
+    seconds, log = 0.0, None
     if is_main:
         clear_leftovers(args.output_dir)
         minutes, log = open_log(args.output_dir / "log.jsonl", step)
-        start -= 60 * minutes
+        seconds = 60 * minutes
     # Since the last row of the log: squared error, target tokens, slots with a token, slots.
     sums = torch.tensor(state.get("sums", [0.0] * 4), device=accelerator.device)
     progress = tqdm(total=args.max_train_steps, initial=step, desc="flow", disable=not is_main)
     while step < args.max_train_steps:
+        begin = time.monotonic()
         micro_batches = batches.step(step)
         counts = [sum(sample.target_tokens for sample in samples) for samples in micro_batches]
         tokens = accelerator.reduce(torch.tensor(float(sum(counts)), device=accelerator.device)).item()
@@ -689,13 +690,15 @@ def main(args):
         for samples, count, loss in zip(micro_batches, counts, losses, strict=True):
             used, slots = padding(samples)
             sums += torch.stack([loss.float() * count, *torch.tensor([count, used, slots], device=loss.device)])
+        # Of steps alone, as train_baseline.py counts: a baseline may take as long, and validates nothing.
+        seconds += time.monotonic() - begin
         routes = list(dict.fromkeys([*routes, *(route.name for route in batches.pool.pairs)]))
         if step % args.logging_steps == 0:
             error, count, used, slots = accelerator.reduce(sums).tolist()
             sums = torch.zeros_like(sums)
             row = {"step": step, "loss_mse": round(error / count, 5), "lr": scheduler.get_last_lr()[0]}
             row |= {"grad_norm": round(float(whole(norm)), 4), "padding": round(1 - used / slots, 4)}
-            row["minutes"] = round((time.monotonic() - start) / 60, 2)
+            row["minutes"] = round(seconds / 60, 2)
             progress.set_postfix(loss=f"{row['loss_mse']:.4f}", padding=f"{row['padding']:.1%}")
             write_log(accelerator, log, row)
         if validation is not None and step % args.validation_steps == 0:

@@ -23,10 +23,19 @@ done
 # 4. Stage II: the generation expert, by flow matching over all 22 routes.
 python examples/train_generation.py --config examples/recipes/generation_tiny.yaml --resume_from_checkpoint latest
 
+# What is bundled is rounded, so it is the rounded weights that are judged.
+python - <<'EOF'
+import torch
+from synermedgen_hf import SynerMedGenPipeline
+
+pipe = SynerMedGenPipeline.from_pretrained("runs/tiny/pipeline", dtype=torch.bfloat16)
+pipe.save_pretrained("runs/tiny/rounded")
+EOF
+
 # 5. On subjects that none of the above has seen: answers, and syntheses beside what they have to beat.
-synermedgen evaluate-understanding --model runs/tiny/pipeline --phantom-cases 10 --output runs/tiny/answers
+synermedgen evaluate-understanding --model runs/tiny/rounded --phantom-cases 10 --output runs/tiny/answers
 judge() {
-    synermedgen evaluate --phantom-cases 8 --slice-step 24 --protocol paper_frame --model runs/tiny/pipeline \
+    synermedgen evaluate --phantom-cases 8 --slice-step 24 --protocol paper_frame --model runs/tiny/rounded \
         --output "runs/tiny/$1" "${@:2}"
 }
 judge copying --baseline copy
@@ -42,7 +51,7 @@ import sys
 import torch
 from synermedgen_hf import SynerMedGenPipeline
 
-pipe = SynerMedGenPipeline.from_pretrained("runs/tiny/pipeline", dtype=torch.bfloat16)
+pipe = SynerMedGenPipeline.from_pretrained("runs/tiny/rounded", dtype=torch.bfloat16)
 card = {
     "training_data": "Stage I (CTS, TIA, MI) on questions about 240 simulated patients, Stage II on slices of 800 (brain, "
     "pelvis, whole body) of synermedgen_hf.data.phantom in all 22 routes, 128 pixels, and no real scan. `training/` "

@@ -188,6 +188,9 @@ def test_identify_names_scans_and_pictures_with_a_probability(scans, seeing, tmp
     seen = found["case 1 (p0/mr.nii.gz)"]
     assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-3)
     assert seen["probability"] == max(seen["probabilities"].values())
+    options = ("--region", "whole-body", "--model", seeing, "--json")  # cut from the front instead
+    (other,) = json.loads(run("identify", scans / "p0" / "mr.nii.gz", *options).stdout)["scans"]
+    assert other["probabilities"] != seen["probabilities"]
     Image.fromarray(np.uint8(head()[:, :, 2] / 3)).save(tmp_path / "slice.png")
     told = run("identify", tmp_path / "slice.png", "--model", seeing)
     assert told.exit_code == 0 and "%)" in told.stdout

@@ -1,30 +1,25 @@
 """The example scripts, run for real at tiny size: train, resume, evaluate, demonstrate, measure."""
 
-import errno
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from nibabel import Nifti1Image
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from training import EXAMPLES, fill_disk, load_script
 
 from synermedgen_hf import ROUTES, SynerMedGenImageProcessor, SynerMedGenPipeline
 from synermedgen_hf.data.layouts import write_layout
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
 
 def run(script: str, *arguments):
     """`python examples/SCRIPT.py ARGUMENTS`, in this process."""
-    spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")
-    module = sys.modules[script] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     if arguments:
         module.main(module.parse_args([str(argument) for argument in arguments]))
     return module
@@ -85,15 +80,9 @@ def test_the_autoencoder_is_saved_with_the_scale_of_its_latents(vae):
 def test_training_the_autoencoder_resumes_from_the_newest_checkpoint_that_is_whole(work, data, monkeypatch):
     import train_generation
 
-    folder, write = work / "vae_resumed", train_generation.write_whole
-
-    def fills_up(path, text):
-        if "checkpoint-4" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, text)
-
+    folder = work / "vae_resumed"
     with monkeypatch.context() as patch:
-        patch.setattr(train_generation, "write_whole", fills_up)
+        fill_disk(patch, train_generation, "checkpoint-4")
         with pytest.raises(OSError, match="No space left on device"):
             train_vae(folder, data, 6)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4.unfinished"}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import killed
 
 from synermedgen_hf.data.flow_matching import Dropout, PairBatches, PairPool
 from synermedgen_hf.data.layouts import write_layout
@@ -91,12 +92,6 @@ def log(folder):
 
 def without_time(rows):
     return [{name: value for name, value in row.items() if name != "minutes"} for row in rows]
-
-
-def killed(folder, copy, keep=2):
-    """A training as it lies there after it was killed, with the checkpoint of step `keep` as its newest."""
-    late = [path.name for path in folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > keep]
-    return shutil.copytree(folder, copy, ignore=lambda *_: ["unet", "baseline.json", *late])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Stage II run for real at tiny size: what is learned, what stays, what survives a kill, what is refused and saved."""
 
-import errno
 import functools
 import importlib.util
 import json
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,19 +21,15 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from training import EXAMPLES, fill_disk, in_processes, killed, load_script
 
-from synermedgen_hf import (
-    SynerMedGenImageProcessor,
-    SynerMedGenPipeline,
-    checkpoint_path,
-)
+from synermedgen_hf import SynerMedGenImageProcessor, SynerMedGenPipeline, checkpoint_path
 from synermedgen_hf.data.layouts import write_layout
 from synermedgen_hf.data.pairs import PAIR_FEATURES
 from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.metrics.baselines import Ceiling, true_target
 from synermedgen_hf.metrics.protocols import evaluate_case
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT, RECIPES = EXAMPLES / "train_generation.py", sorted((EXAMPLES / "recipes").glob("generation*.yaml"))
 WEIGHTS = "pipeline/model/model.safetensors"
 # Read by PEFT off every model it wraps.
@@ -76,10 +70,7 @@ def command_line(options):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_generation", SCRIPT)
-    module = sys.modules["train_generation"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_generation")
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +132,6 @@ def result(folder):
     """The bytes of all that was trained."""
     adapter = folder / "adapter_model.safetensors"
     return (adapter if adapter.exists() else folder / WEIGHTS).read_bytes()
-
-
-def killed(folder, copy, keep):
-    """A training as it lies there after it was killed, with the checkpoint of step `keep` as its newest."""
-    late = [path.name for path in folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > keep]
-    return shutil.copytree(folder, copy, ignore=lambda *_: ["pipeline", "adapter_model.safetensors", *late])
 
 
 def largest_difference(one, other):
@@ -334,15 +319,8 @@ def test_old_checkpoints_go_when_the_new_one_is_whole(train, tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_the_previous_checkpoint_whole(trained, train, script, tmp_path, monkeypatch):
-    write = script.write_whole
-
-    def fills_up(path, text):
-        if "checkpoint-4" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, text)
-
     with monkeypatch.context() as patch:
-        patch.setattr(script, "write_whole", fills_up)
+        fill_disk(patch, script, "checkpoint-4")
         with pytest.raises(OSError, match="No space left on device"):
             train(tmp_path / "out", checkpoints_total_limit=1)
     assert script.checkpoints(tmp_path / "out") == [tmp_path / "out" / "checkpoint-2"]
@@ -525,28 +503,17 @@ def test_an_unknown_argument_of_a_recipe_is_refused(script, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_processes(arguments, count, timeout=300, succeeds=True):
-    """`torchrun` on the CPU; after `timeout` seconds it ends its processes, as it does when it is told to end."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*launch, str(SCRIPT), *arguments], env=environment) as process:
-        try:
-            assert (process.wait(timeout) == 0) == succeeds
-        finally:
-            process.terminate()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["detach", "none"])
 def test_two_processes_do_what_one_does_with_twice_the_batch(train, arguments, tmp_path, mode):
     train(tmp_path / "one", **MODES[mode], train_batch_size=4)
-    in_processes(arguments(tmp_path / "two", **MODES[mode]), 2)
+    in_processes("train_generation", arguments(tmp_path / "two", **MODES[mode]), 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
     once = killed(tmp_path / "two", tmp_path / "once", keep=2)
-    in_processes(arguments(once, **MODES[mode], resume_from_checkpoint="latest"), 2)
+    in_processes("train_generation", arguments(once, **MODES[mode], resume_from_checkpoint="latest"), 2)
     twice = killed(once, tmp_path / "twice", keep=4)
-    in_processes(arguments(twice, **MODES[mode], resume_from_checkpoint="latest"), 2)
+    in_processes("train_generation", arguments(twice, **MODES[mode], resume_from_checkpoint="latest"), 2)
     assert result(once) == result(twice) == result(tmp_path / "two")
 
 
@@ -554,12 +521,12 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(train, arguments, t
 def test_two_processes_read_shares_of_a_stream_of_different_length(arguments, tmp_path):
     """Three patients on one, one on the other; a pool is longer than that."""
     options = {"streaming": True, "stream_pool": 40, "train_batch_size": 1}
-    in_processes(arguments(tmp_path / "two", **options), 2)
+    in_processes("train_generation", arguments(tmp_path / "two", **options), 2)
     assert len(losses(tmp_path / "two")) == 6
     once = killed(tmp_path / "two", tmp_path / "once", keep=2)
-    in_processes(arguments(once, **options, resume_from_checkpoint="latest"), 2)
+    in_processes("train_generation", arguments(once, **options, resume_from_checkpoint="latest"), 2)
     twice = killed(once, tmp_path / "twice", keep=4)
-    in_processes(arguments(twice, **options, resume_from_checkpoint="latest"), 2)
+    in_processes("train_generation", arguments(twice, **options, resume_from_checkpoint="latest"), 2)
     assert result(once) == result(twice) == result(tmp_path / "two")
 
 
@@ -567,14 +534,16 @@ def test_two_processes_read_shares_of_a_stream_of_different_length(arguments, tm
 def test_routes_that_one_process_alone_has_read_are_known_of_the_whole(arguments, tmp_path):
     """A brain on one, a pelvis on the other."""
     write_layout("synthrad2023-task1", tmp_path / "scans", subjects=4, size=32, num_slices=16)
-    in_processes(arguments(tmp_path / "two", data_dir=tmp_path / "scans", max_train_steps=2, **STREAM), 2)
+    in_processes(
+        "train_generation", arguments(tmp_path / "two", data_dir=tmp_path / "scans", max_train_steps=2, **STREAM), 2
+    )
     known = SynerMedGenPipeline.from_pretrained(tmp_path / "two" / "pipeline").model.config.trained_routes
     assert set(known) == {f"{region}/{route}" for region in ("brain", "pelvis") for route in ("MRI-CT", "CT-MRI")}
 
 
 @pytest.mark.slow
 def test_two_processes_stop_together_when_a_loss_is_no_number(arguments, tmp_path):
-    in_processes(arguments(tmp_path / "out", learning_rate=1e37), 2, succeeds=False)
+    in_processes("train_generation", arguments(tmp_path / "out", learning_rate=1e37), 2, succeeds=False)
     assert list((tmp_path / "out").glob("nan-step-*.safetensors"))
 
 

@@ -1,5 +1,6 @@
 """What the tests of both stages share: scripts run from their files, trainings killed, processes of their own."""
 
+import errno
 import importlib.util
 import os
 import shutil
@@ -18,11 +19,24 @@ def load_script(name: str):
     return module
 
 
-def killed(folder: Path, copy: Path, keep: int) -> Path:
+def killed(folder: Path, copy: Path, keep: int = 2) -> Path:
     """A training as it lies there after it was killed, with the checkpoint of step `keep` as its newest."""
     late = [path.name for path in folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > keep]
-    result = ["pipeline", "adapter_model.safetensors", *late]  # a checkpoint has an adapter of its own
-    return shutil.copytree(folder, copy, ignore=lambda inside, _: result if Path(inside) == folder else [])
+    # At the top alone: a checkpoint has an adapter of its own.
+    made = ["pipeline", "adapter_model.safetensors", "unet", "baseline.json", *late]
+    return shutil.copytree(folder, copy, ignore=lambda inside, _: made if Path(inside) == folder else [])
+
+
+def fill_disk(monkeypatch, module, name: str):
+    """From here on, `write_whole` of a module finds the disk full for any path with `name` in it."""
+    write = module.write_whole
+
+    def fills_up(path, text):
+        if name in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(module, "write_whole", fills_up)
 
 
 def in_processes(script: str, arguments: list[str], count: int, timeout: int = 300, succeeds: bool = True):

@@ -273,6 +273,7 @@ def identify(
     model: Model = None,
     pattern: Pattern = None,
     series: Series = None,
+    region: Annotated[str | None, typer.Option(help="Of all scans; says along which axis they are cut.")] = None,
     device: Device = None,
     dtype: ComputeDtype = Dtype.float32,
     as_json: Json = False,
@@ -282,7 +283,7 @@ def identify(
     def look():
         from .volumes.runs import identify_scans
 
-        found = identify_scans(load_pipeline(model, device, dtype), scans, pattern, series)
+        found = identify_scans(load_pipeline(model, device, dtype), scans, pattern, series, region)
         lines = [
             f"{one['case']}: {one['error']}"
             if "error" in one
