@@ -18,8 +18,10 @@ Five short trainings on simulated patients stand in for a base.
 4. Names: eight images in a row, each followed by its modality's name, or four, of which one after the other is asked
    for by name; with letters, lest they be forgotten. What counts is how many names are seen, and a row of Stage I has
    one.
-5. Changes: two modalities of a slice, then six descriptions of a change, and after each of them `yes` or `no`: is it
-   this one? Once that is learned, also the questions of TIA, which one of four; with letters and names all along.
+5. Changes: the questions of TIA. After two layers, a linear reader tells source and target from the end of the second
+   image, and from the end of each description as well: what image and text have in common is then the same to the
+   layers above, as the letters of two slices of one place are. Names are told after two layers too; letters, names and
+   panels go on beside it.
 
 Stage I, `examples/train_understanding.py`, goes on from here.
 """
@@ -28,6 +30,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,10 +74,12 @@ from synermedgen_hf.processing_synermedgen import (
 SLICES = 8  # of a volume in a batch of contrast
 CANDIDATES = 8  # of a row of places
 NAMES = 8  # of a row of names
-DESCRIPTIONS = 6  # of a row of changes
+DESCRIPTIONS = 6  # of a row of readings
+FITTING = 0.4  # share of them that fit the images
 LETTERS = "ABCD"
 LEARNED = math.log(len(LETTERS)) / 4  # half the loss of guessing a letter, of which every second token is certain
-LOWER = 3  # layers, of five
+LOWER = 3  # layers, of five, that compare
+LOWEST = 2  # ... that read
 GAP_MM = 4.0  # between slices that are told apart, as in CTS
 
 
@@ -210,6 +215,8 @@ class Comparisons:
     def __init__(self, slices: Slices, processor, config):
         self.slices, self.processor, self.config = slices, processor, config
         self.image = ImageBlock("image", slices.grid)
+        tokenizer = processor.tokenizer
+        self.line_ends = {number for number in range(len(tokenizer)) if "\n" in tokenizer.decode([number])}
 
     def said(self, text: str):
         return self.processor.text_block(text)
@@ -266,34 +273,54 @@ class Comparisons:
         last = len(words) if rng.random() < 0.2 * (share > 0) else rng.integers(1, 2 + max(1, int(share * len(words))))
         return [*blocks, self.said(" ".join(words[-last:])), self.answer(LETTERS[answer])], shown
 
-    def change(self, rng, asked: bool):
-        """
-        A slice in two modalities, then descriptions: is it this change? If `asked`, a question of TIA instead, which of
-        the lettered ones is.
-        """
+    def listed(self, rng, changes: list[tuple[str, str, str]]):
+        """A question of TIA with a description of each change: source, target and region."""
+        lines = [
+            f"{letter}. {rng.choice(describe(*change))}"
+            for letter, change in zip(ascii_uppercase, changes, strict=False)
+        ]
+        return self.said("\n".join([rng.choice(TIA_QUESTIONS), *lines]))
+
+    def two(self, rng):
+        """A slice in two modalities: blocks, rows, and source, target and region."""
         one, other, count, _, region = self.slices.pair(rng)
         place = rng.integers(count)
-        source, target = self.slices.name(one), self.slices.name(other)
+        blocks = [self.said("1"), self.image, self.said("2"), self.image]
+        return blocks, [one + place, other + place], (self.slices.name(one), self.slices.name(other), region)
+
+    def change(self, rng):
+        """A question of TIA: which of the descriptions is it?"""
+        blocks, shown, (source, target, region) = self.two(rng)
         home, away = wrong_pairs(source, target, region)
         wrong = (home or away)[rng.integers(len(home or away))]
         directions = [(source, target), (target, source), wrong, wrong[::-1]]
-        blocks = [self.said("1"), self.image, self.said("2"), self.image]
-        if asked:
-            order = rng.permutation(len(directions))
-            lines = [
-                f"{letter}. {rng.choice(describe(*directions[which], region))}"
-                for letter, which in zip(LETTERS, order, strict=True)
-            ]
-            question = "\n".join([rng.choice(TIA_QUESTIONS), *lines])
-            blocks += [self.said(question), self.answer(LETTERS[order.tolist().index(0)])]
-        else:
-            for right in rng.random(DESCRIPTIONS) < 0.5:
-                direction = directions[0 if right else rng.integers(1, len(directions))]
-                blocks += [
-                    self.said(rng.choice(describe(*direction, region))),
-                    self.answer("yes" if right else "no"),
-                ]
-        return blocks, [one + place, other + place]
+        order = rng.permutation(len(directions)).tolist()
+        listed = self.listed(rng, [(*directions[which], region) for which in order])
+        return [*blocks, listed, self.answer(LETTERS[order.index(0)])], shown
+
+    def readings(self, rng, count: int):
+        """
+        `count` rows of two modalities of a slice, then any changes; and where to read (numbers of rows and of tokens,
+        the end of the second image and of each description) which source and which target (`(places, 2)`, as numbers).
+        """
+        sequences, slices, rows, tokens, routes = [], [], [], [], []
+        for row in range(count):
+            blocks, shown, change = self.two(rng)
+            # Of any volume, so that the descriptions do not tell what the images are.
+            fitting = rng.random(DESCRIPTIONS) < FITTING
+            changes = [change if fits else self.two(rng)[2] for fits in fitting]
+            sequence = build_sequence(self.config, [*blocks, self.listed(rng, changes)])
+            text = range(len(sequence.input_ids) - sequence.lengths[-1], len(sequence.input_ids))
+            _, *lines = [place for place in text if sequence.input_ids[place] in self.line_ends]
+            places = [text[0] - 1, *lines, text[-2]]
+            sequences.append(sequence)
+            slices += shown
+            rows += [row] * len(places)
+            tokens += places
+            routes += [(MODALITIES.index(source), MODALITIES.index(target)) for source, target, _ in (change, *changes)]
+        batch = pad_sequences(self.config, sequences) | self.slices.pixels(slices)
+        del batch["labels"]
+        return batch, (rows, tokens), torch.tensor(routes)
 
     def any_slice(self, rng) -> int:
         """Row of any slice of any volume."""
@@ -371,6 +398,7 @@ def main(args):
     comparisons = Comparisons(slices, processor, model.config)
     temperature = torch.nn.Parameter(torch.tensor(2.3))  # of CLIP: 1 / 0.1, as a logarithm
     namer = torch.nn.Linear(model.config.text_config.hidden_size // 8, len(MODALITIES))  # not kept
+    reader = torch.nn.Linear(model.config.text_config.hidden_size, 2 * len(MODALITIES))  # nor this
 
     def rng(step, stage):
         return np.random.default_rng([args.seed, stage, step])
@@ -386,13 +414,18 @@ def main(args):
     decoder = model.model.language_model
     layers = decoder.layers
 
+    @contextmanager
+    def only(lower):
+        """The model without its upper layers, in half precision."""
+        decoder.layers = layers[:lower]
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+        decoder.layers = layers
+
     def place_loss(draw, count):
         batch = comparisons.batch(partial(comparisons.place, draw), count)
-        decoder.layers = layers[:LOWER]
-        with autocast():
-            loss = model(**batch).loss
-        decoder.layers = layers
-        return loss
+        with only(LOWER):
+            return model(**batch).loss
 
     def places(step):
         return place_loss(rng(step, 2), args.places_batch_size)
@@ -418,25 +451,25 @@ def main(args):
         with autocast():
             return model(**batch).loss
 
-    judged = []
-
     def changes(step):
         draw = rng(step, 5)
-        beside = (comparisons.name, comparisons.panel, partial(comparisons.letter, share=1.0))
-        kinds = [partial(comparisons.change, asked=False)]
-        if judged and np.mean(judged[-10:]) < LEARNED / 2:  # two answers to choose from
-            kinds.append(partial(comparisons.change, asked=True))
-        kinds.append(lambda draw: beside[draw.integers(len(beside))](draw))
-        loss = 0.0
-        for place, kind in enumerate(kinds):
-            batch = comparisons.batch(partial(kind, draw), args.changes_batch_size // (1 if place == 0 else 2))
+        batch, places, routes = comparisons.readings(draw, args.changes_batch_size)
+        with only(LOWEST):
+            hidden = model.model(**batch).last_hidden_state
+        read = reader(hidden[places].float()).unflatten(1, (-1, 2))
+        wrong = cross_entropy(read, routes, reduction="none").unflatten(0, (args.changes_batch_size, -1))
+        loss = wrong[:, 0].mean() + wrong[:, 1:].mean()  # of the images, of the descriptions
+        named = comparisons.batch(partial(comparisons.name, draw), args.changes_batch_size // 4)
+        with only(LOWEST):
+            loss = loss + model(**named).loss
+        beside = (comparisons.name, comparisons.panel, partial(comparisons.letter, share=1.0))[step % 3]
+        for kind, count in ((comparisons.change, 1), (beside, 2)):
+            batch = comparisons.batch(partial(kind, draw), args.changes_batch_size // count)
             with autocast():
-                part = model(**batch).loss
-            if place == 0:
-                judged.append(part.item())
-            loss = loss + part
+                loss = loss + model(**batch).loss
         return loss
 
+    rates = {"lr": args.letters_learning_rate}
     eyes, mind = (
         [(name, p) for name, p in model.named_parameters() if part_of(name) == part]
         for part in ("vision", "understanding")
@@ -450,9 +483,9 @@ def main(args):
         ),
         # What the eyes have learned stays: until comparing works, its gradients would be noise.
         "places": (places, mind, args.places_steps, {"lr": args.learning_rate}),
-        "letters": (letters, mind, args.letters_steps, {"lr": args.letters_learning_rate}),
-        "names": (names, mind, args.names_steps, {"lr": args.letters_learning_rate}),
-        "changes": (changes, mind, args.changes_steps, {"lr": args.letters_learning_rate}),
+        "letters": (letters, mind, args.letters_steps, rates),
+        "names": (names, mind, args.names_steps, rates),
+        "changes": (changes, [*mind, *reader.named_parameters()], args.changes_steps, rates),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log_file = args.output_dir / "log.jsonl"

@@ -64,6 +64,7 @@ from synermedgen_hf.data.phantom import load_phantom
 from synermedgen_hf.data.routes import ROUTES
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.loading_synermedgen import part_of, weights_checksum
+from synermedgen_hf.optimization import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=float, default=1e-3)
     add("--lr_scheduler", default="cosine")
     add("--lr_warmup_steps", type=int, default=200)
+    add("--muon_learning_rate", type=float, help="of Muon, for the layers' matrices; the rest by AdamW")
     add("--use_8bit_adam", action="store_true", help="moments of AdamW in 8 bits, by bitsandbytes")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.95)
@@ -488,19 +490,21 @@ def open_log(path: Path, step: int):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(args, parameters) -> torch.optim.Optimizer:
+def make_optimizer(args, model) -> torch.optim.Optimizer:
+    rates = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.muon_learning_rate is not None:
+        return MuonWithAdamW(model.named_parameters(), muon_lr=args.muon_learning_rate, **rates)
     kind = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
 
         kind = bitsandbytes.optim.AdamW8bit
-    return kind(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    return kind([parameter for parameter in model.parameters() if parameter.requires_grad], **rates)
 
 
 def check(args):
@@ -514,6 +518,8 @@ def check(args):
             )
     elif args.resume_from_checkpoint != "latest" and not Path(args.resume_from_checkpoint).is_dir():
         raise SystemExit(f"There is no checkpoint {args.resume_from_checkpoint}.")
+    if args.use_8bit_adam and args.muon_learning_rate is not None:
+        raise SystemExit("--use_8bit_adam and --muon_learning_rate are two optimizers: choose one.")
     if args.use_8bit_adam and find_spec("bitsandbytes") is None:
         raise SystemExit("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     if args.streaming and is_simulated(args) and not args.phantom_cases:
@@ -552,6 +558,8 @@ def main(args):
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none")],
     )
     is_main, is_sharded = accelerator.is_main_process, accelerator.distributed_type == DistributedType.FSDP
+    if is_sharded and args.muon_learning_rate is not None:
+        raise SystemExit("--muon_learning_rate needs whole matrices, and FSDP shares them out: use AdamW.")
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
 
     # 1. The model, every tensor accounted for.
@@ -602,7 +610,7 @@ def main(args):
     # 2. Optimizer and schedule.
     if not is_sharded:
         accelerator.register_save_state_pre_hook(leave_out_frozen)
-    optimizer = make_optimizer(args, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer = make_optimizer(args, model)
     scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

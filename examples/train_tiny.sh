@@ -14,11 +14,8 @@ python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init
 test -e runs/tiny-base/model_index.json ||
     python examples/pretrain_tiny.py --pretrained_model_name_or_path runs/tiny-init --output_dir runs/tiny-base
 
-# 3. Stage I: the understanding expert, on questions; all three tasks, then CTS and MI.
-for recipe in tiny tiny_more; do
-    config="examples/recipes/understanding_$recipe.yaml"
-    python examples/train_understanding.py --config "$config" --resume_from_checkpoint latest
-done
+# 3. Stage I: the understanding expert, on questions.
+python examples/train_understanding.py --config examples/recipes/understanding_tiny.yaml --resume_from_checkpoint latest
 
 # 4. Stage II: the generation expert, by flow matching over all 22 routes.
 python examples/train_generation.py --config examples/recipes/generation_tiny.yaml --resume_from_checkpoint latest
@@ -64,8 +61,7 @@ mkdir -p "$out/training/evaluation"
 cp runs/vae/log.jsonl "$out/training/vae_log.jsonl"
 cp runs/vae/training_args.json "$out/training/vae_args.json"
 cp runs/tiny-base/log.jsonl "$out/training/base_log.jsonl"
-cp runs/tiny-tasks/checkpoint-500/trainer_state.json "$out/training/understanding_tasks_state.json"
-cp runs/tiny-understanding/checkpoint-400/trainer_state.json "$out/training/understanding_more_state.json"
+cp runs/tiny-understanding/checkpoint-600/trainer_state.json "$out/training/understanding_state.json"
 cp runs/tiny/answers/summary.json "$out/training/understanding.json"
 cp runs/tiny/log.jsonl "$out/training/generation_log.jsonl"
 cp runs/tiny/training_args.json "$out/training/generation_args.json"

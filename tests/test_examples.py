@@ -153,7 +153,7 @@ def test_a_base_learns_to_see_and_to_answer_and_goes_on_where_it_stopped(work, s
     sizes = ["--train_cases", 1, "--contrast_steps", 2, "--contrast_volumes", 2]
     sizes += ["--places_steps", 2, "--places_batch_size", 2]  # the first step has no learning rate yet
     sizes += ["--letters_steps", 1, "--letters_batch_size", 4, "--names_steps", 1, "--names_batch_size", 4]
-    sizes += ["--changes_steps", 1, "--changes_batch_size", 2]
+    sizes += ["--changes_steps", 1, "--changes_batch_size", 4]
     sizes += ["--num_proc", 1, "--cache_dir", work / "phantom"]
     common = ["--pretrained_model_name_or_path", start, *sizes, "--output_dir"]
 

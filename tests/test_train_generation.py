@@ -54,6 +54,7 @@ MODES = {
     "detach": {},
     "none": {"freeze": "none", "lr_scheduler": "cosine"},
     "accumulated": {"gradient_accumulation_steps": 2, "freeze": "grad"},
+    "Muon": {"muon_learning_rate": 0.02, "lr_scheduler": "cosine"},
     "stream": STREAM,
     "LoRA": LORA,
 }
@@ -450,6 +451,7 @@ def test_a_folder_that_holds_a_training_is_not_written_over(train, trained):
         ({"lora_rank": 2, "freeze": "none"}, "generation expert alone"),
         ({"latent_cache": "disk"}, "--latent_cache_dir"),
         ({"resume_from_checkpoint": "nowhere"}, "There is no checkpoint nowhere"),
+        ({"use_8bit_adam": True, "muon_learning_rate": 0.02}, "two optimizers: choose one"),
         ({"drop_vae": 1.5}, r"probability of vae must be within \[0, 1\]"),
     ],
 )

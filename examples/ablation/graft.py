@@ -1,7 +1,7 @@
 """The generation expert of one pipeline on the understanding branch of another.
 
     python examples/ablation/graft.py --generation runs/ablation/edits/pipeline \\
-        --understanding runs/ablation/seed0/all/stage1-2/pipeline --output_dir runs/ablation/seed0/all/zero
+        --understanding runs/ablation/seed0/all/stage1/pipeline --output_dir runs/ablation/seed0/all/zero
 
 Stage I neither reads nor changes the generation expert. So Stage I of a base that knows general edits is Stage I of the
 plain base, to the bit, with that generation expert beside it: what has been trained once need not be trained again.

@@ -309,16 +309,11 @@ def read_curves(output: Path, config: dict) -> dict[str, dict[str, dict[int, tup
     for seed in config["seeds"]:
         for arm in config["arms"]:
             here, log = output / f"seed{seed}" / arm, output / f"seed{seed}" / arm / "stage2" / "log.jsonl"
-            points, before = [], 0
-            for number in range(len(config["Stage I"])):
-                state = here / f"stage1-{number + 1}" / "trainer_state.json"
-                if not state.exists():
-                    break
-                state = json.loads(state.read_text(encoding="utf-8"))
-                name = "eval_accuracy/CTS"
-                points += [(before + row["step"], row[name]) for row in state["log_history"] if name in row]
-                before += state["global_step"]
-            keep("Stage I: CTS on held-out patients, %", arm, seed, points)
+            state, name = here / "stage1" / "trainer_state.json", "eval_accuracy/CTS"
+            if state.exists():
+                history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+                points = [(row["step"], row[name]) for row in history if name in row]
+                keep("Stage I: CTS on held-out patients, %", arm, seed, points)
             if log.exists():
                 rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
                 points = [(row["step"], row["loss_mse"]) for row in rows if "loss_mse" in row]

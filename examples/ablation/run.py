@@ -51,7 +51,6 @@ ARMS: dict[str, tuple[tuple[str, ...], str | None]] = {
 }
 ZERO_SHOT = ("none", "vqa", "all")  # arms that are asked to synthesise without Stage II, too
 SCANNERS = ("usual", "unseen")
-STAGE1 = [EXAMPLES / "recipes" / f"understanding_{name}.yaml" for name in ("tiny", "tiny_more")]
 TIMINGS, CONFIG = "timings.jsonl", "config.json"
 
 
@@ -63,9 +62,9 @@ def parse_args(argv=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add("--no_zero_shot", action="store_true", help="leave out the base of general edits and what follows from it")
-    add("--stage1_recipes", type=Path, nargs="+", default=STAGE1, help="one after the other, as in train_tiny.sh")
+    add("--stage1_recipe", type=Path, default=EXAMPLES / "recipes" / "understanding_tiny.yaml")
     add("--stage2_recipe", type=Path, default=EXAMPLES / "recipes" / "generation_tiny.yaml")
-    add("--stage1_steps", type=int, nargs="+", default=None, help="of each recipe; by default its own")
+    add("--stage1_steps", type=int, default=None, help="by default the recipe's")
     add("--stage2_steps", type=int, default=None, help="by default the recipe's")
     add("--edit_pictures", type=int, default=4000, help="general pictures with an edit, for zero-shot")
     add("--edit_steps", type=int, default=None, help="by default as many as in Stage II")
@@ -76,10 +75,7 @@ def parse_args(argv=None):
     add("--protocol", default="synthrad2023", help="of the evaluation, see metrics.protocols.evaluate_case")
     add("--batch_size", type=int, default=16, help="of the evaluation")
     add("--plan", action="store_true", help="say what would be done, and stop")
-    args = parser.parse_args(argv)
-    if args.stage1_steps and len(args.stage1_steps) != len(args.stage1_recipes):
-        parser.error(f"--stage1_steps takes {len(args.stage1_recipes)} numbers, one for each recipe")
-    return args
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +109,7 @@ class Step:
 
 def make_steps(args) -> list[Step]:
     """All steps in their order: what all arms need, then seed after seed."""
-    output, stage1, stage2 = args.output_dir, [*map(read_yaml, args.stage1_recipes)], read_yaml(args.stage2_recipe)
+    output, stage1, stage2 = args.output_dir, read_yaml(args.stage1_recipe), read_yaml(args.stage2_recipe)
     python, command_line = sys.executable, (sys.executable, "-m", "synermedgen_hf.cli")
     routes = stage2.get("routes") or [route.name for route in ROUTES]
     steps: list[Step] = []
@@ -130,10 +126,10 @@ def make_steps(args) -> list[Step]:
         add(folder, kind, [*command_line, "evaluate", *what, *asked, "--output"])
 
     def answer(folder: Path, model: Path):
-        scans = stage1[-1].get("data_dir")
+        scans = stage1.get("data_dir")
         asked = ["--data-dir", scans] if scans else ["--phantom-cases", args.test_cases]
         asked += ["--no-text", "--batch-size", args.batch_size]
-        asked += ["--label-images"] if stage1[-1].get("label_images") else []
+        asked += ["--label-images"] if stage1.get("label_images") else []
         add(folder, "answers", [*command_line, "evaluate-understanding", "--model", model, *asked, "--output"])
 
     # 1. What all arms share.
@@ -151,19 +147,18 @@ def make_steps(args) -> list[Step]:
         for arm in args.arms:
             (tasks, negatives), here = ARMS[arm], output / f"seed{seed}" / arm
 
-            # 2. Stage I, one recipe after the other, and what it taught.
+            # 2. Stage I, and what it taught.
             start = args.base
-            for number, (path, recipe) in enumerate(zip(args.stage1_recipes, stage1, strict=True) if tasks else ()):
-                asked = tasks_of(tasks, recipe)
-                options = ["--config", path, "--model_name_or_path", start, "--seed", seed, "--data_seed", seed]
+            if tasks:
+                options = ["--config", args.stage1_recipe, "--model_name_or_path", start]
+                options += ["--seed", seed, "--data_seed", seed]
                 options += ["--report_to", "none", "--resume_from_checkpoint", "latest"]
-                options += ["--max_steps", args.stage1_steps[number]] if args.stage1_steps else []
+                options += ["--max_steps", args.stage1_steps] if args.stage1_steps else []
                 options += ["--dataset_config", "vqa" if tasks == ("VQA",) else "understanding"]
-                options += ["--tasks", *asked, "--task_shares", *shares_of(asked, recipe)]
+                options += ["--tasks", *tasks, "--task_shares", *shares_of(tasks, stage1)]
                 options += ["--negatives", negatives] if negatives else []
                 script = [python, EXAMPLES / "train_understanding.py", *options, "--output_dir"]
-                start = add(here / f"stage1-{number + 1}", f"Stage I, part {number + 1}", script) / "pipeline"
-            if tasks:
+                start = add(here / "stage1", "Stage I", script) / "pipeline"
                 answer(here / "answers", start)
 
             # 3. Stage II, and what comes out.
@@ -189,15 +184,7 @@ def make_steps(args) -> list[Step]:
     return steps
 
 
-def tasks_of(tasks: tuple[str, ...], recipe: dict) -> list[str]:
-    """
-    What an arm asks in a part of Stage I: the recipe's tasks as far as they are the arm's. Where none is, all of the
-    arm's: its steps are spent all the same.
-    """
-    return [task for task in recipe.get("tasks") or TASKS if task in tasks] or list(tasks)
-
-
-def shares_of(tasks: list[str], recipe: dict) -> list[float]:
+def shares_of(tasks: tuple[str, ...], recipe: dict) -> list[float]:
     """The recipe's shares of the tasks, or those of the published set; they need not sum to 1."""
     known = dict(zip(recipe.get("tasks") or (), recipe.get("task_shares") or (), strict=False))
     return [known.get(task, DEFAULT_MIX.get(task, 1.0)) for task in tasks]
@@ -217,7 +204,7 @@ def claim(args, steps: list[Step]):
         # As JSON will have them, to be compared with what was written.
         "settings": json.loads(json.dumps(settings, default=str)),
         "checksum of the base": weights.hexdigest(),
-        "Stage I": [*map(read_yaml, args.stage1_recipes)],
+        "Stage I": read_yaml(args.stage1_recipe),
         "Stage II": read_yaml(args.stage2_recipe),
     }
     known, before = args.output_dir / CONFIG, {}
