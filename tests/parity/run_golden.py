@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from synermedgen_hf.bagel import FIXED_TABLES, convert_bagel, rename_model_key
 from synermedgen_hf.image_processing_synermedgen import patchify, picture_pixels, resize_shape, unpatchify
+from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.modeling_synermedgen import (
     allowed_attention,
     grid_ids,
@@ -529,20 +530,23 @@ def training(golden: Golden) -> Iterator[Result]:
 
 def gradients(golden: Golden) -> Iterator[Result]:
     tables, (batch, _) = golden.json("train_grads"), training_batch(golden)
-    runs = {
-        "loss_ce_plus_mse": ("loss", False),
-        "loss_mse_only": ("loss_mse", False),
-        "loss_ce_plus_mse_with_bagel_freeze_und": ("loss", True),
+    runs = {  # table, loss, and `--freeze` of Stage II
+        "both": ("loss_ce_plus_mse", "loss", "none"),
+        "none": ("loss_mse_only", "loss_mse", "none"),
+        "grad": ("loss_mse_only", "loss_mse", "grad"),
+        "detach": ("loss_ce_plus_mse_with_bagel_freeze_und", "loss", "detach"),
     }
-    for name, (loss, detach) in runs.items():
+    for name, (table, loss, freeze) in runs.items():
         golden.model.zero_grad(set_to_none=True)
+        for ours, parameter in golden.model.named_parameters():
+            parameter.requires_grad_(freeze != "grad" or part_of(ours) == "generation")
         with torch.enable_grad():
-            golden.model(**batch, detach_understanding=detach)[loss].backward()
+            golden.model(**batch, detach_understanding=freeze == "detach")[loss].backward()
         worst, all_close, where = 0.0, True, ""
         for ours, parameter in golden.model.named_parameters():
             native = golden.native_names[ours]
-            recorded = tables[name].get(native)
-            if "vit_model" in native and native.endswith("k_proj.bias"):
+            recorded = tables[table].get(native)
+            if not parameter.requires_grad or "vit_model" in native and native.endswith("k_proj.bias"):
                 continue
             norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
             wanted = 0.0 if recorded is None else recorded[0]
@@ -551,7 +555,7 @@ def gradients(golden: Golden) -> Iterator[Result]:
                 all_close, where = False, f" ({native}: {norm:.6g} instead of {wanted:.6g})"
             worst = max(worst, error / max(wanted, 1e-2))
         yield f"grads.{name} (relative){where}", worst, all_close
-    golden.model.zero_grad(set_to_none=True)
+    golden.model.requires_grad_(True).zero_grad(set_to_none=True)
 
 
 def layouts(golden: Golden) -> Iterator[Result]:
