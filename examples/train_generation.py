@@ -153,6 +153,8 @@ def parse_args(argv=None):
             parser.error(f"--{name} is required")
     if args.latent_cache == "disk" and args.latent_cache_dir is None:
         parser.error("--latent_cache disk needs --latent_cache_dir")
+    if args.latent_cache == "off" and args.latent_cache_dir is not None:
+        parser.error("--latent_cache off keeps nothing: leave out --latent_cache_dir")
     if args.lora_rank and args.freeze == "none":
         parser.error("--lora_rank trains adapters on the generation expert alone: choose --freeze detach or grad")
     return args
@@ -251,7 +253,8 @@ def describe(args, pool: PairPool):
     names = {route.name for route in pool.pairs}
     for wanted in args.routes or []:
         if not any(name == wanted or name.split("/")[1] == wanted for name in names):
-            logger.warning("There is no pair of the route %s: it will not be learned.", wanted)
+            so_far = "among the first pairs of the stream" if args.streaming else "and it will not be learned"
+            logger.warning("There is no pair of the route %s, %s.", wanted, so_far)
     if pool.unnamed:
         logger.warning("%d rows do not name source and target and are left out.", pool.unnamed)
 
@@ -273,7 +276,12 @@ class Validation:
 
         self.args, self.pipe, self.codec = args, pipe, pipe.processor.image_processor
         self.baselines, self.evaluate_case, self.draw_strip = baselines, protocols.evaluate_case, report.draw_strip
-        files = self.choose(load_pairs(args, "validation", True, math.ceil(args.validation_images / 4)))
+        try:
+            files = self.choose(load_pairs(args, "validation", True, math.ceil(args.validation_images / 4)))
+        except ValueError as error:
+            if "split" not in str(error):
+                raise
+            raise SystemExit(f"There are no held-out patients: leave out --validation_steps. ({error})") from error
         self.rows = [PAIR_FEATURES.decode_example(row) for row in files]
         batches = PairBatches(
             PairPool(files, encoder), pipe.processor, pipe.model.config, len(files), dropout=Dropout(0, 0, 0, 0, 0)
@@ -318,7 +326,7 @@ class Validation:
                 mask=None if row["mask"] is None else np.asarray(row["mask"], bool),
                 protocol=self.args.validation_protocol,
                 modality=modality,
-                spacing=tuple(row["spacing"][1:]),
+                spacing=tuple(row["spacing"][1:]) if all(row["spacing"]) else None,  # released pairs do not say it
                 window=(window["low"], window["high"]) if "percentile" in self.codec.intensity[modality] else None,
             )
             for metric, value in record["metrics"].items():

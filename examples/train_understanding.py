@@ -56,7 +56,7 @@ from synermedgen_hf.data.released import find_released
 from synermedgen_hf.data.synermed import TASKS
 from synermedgen_hf.data.understanding import DEFAULT_MIX
 from synermedgen_hf.loading_synermedgen import combine_digests, part_of, tensor_digest
-from synermedgen_hf.metrics.understanding import answer_questions
+from synermedgen_hf.metrics.understanding import COPIED, answer_questions
 from synermedgen_hf.optimization import MuonWithAdamW
 
 logger = get_logger(__name__)
@@ -64,7 +64,8 @@ logger = get_logger(__name__)
 NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use."
 # Full paths: names alone would also hit the ViT.
 UNDERSTANDING_EXPERT = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-FIRST_ROWS = 256  # of a stream, which tell what it holds
+FIRST_ROWS = 256  # of a stream, which tell what it holds; and so many are shuffled at a time
+START = "start.json"
 # Arguments of questions that are made here, of scans. Rows that are questions already are taken as they are.
 OF_MADE_QUESTIONS = (
     "phantom_cases",
@@ -217,6 +218,22 @@ def shuffle_answer(row: dict, number: int, seed: int) -> dict:
     return {"answer": answer, "messages": [*asked, {**told, "content": [{"type": "text", "text": answer}]}]}
 
 
+def check_start(output_dir: Path, weights: str, resumes: bool):
+    """
+    Remember the weights that a training starts from, and refuse to go on from others: a checkpoint would write over
+    them, or an adapter be laid on what it was not made for.
+    """
+    known = output_dir / START
+    if not resumes or not known.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps({"weights": weights}))
+    elif json.loads(known.read_text())["weights"] != weights:
+        raise SystemExit(
+            f"{output_dir} holds a training that started from other weights (see {START}). Name those with "
+            "--model_name_or_path, or choose another --output_dir."
+        )
+
+
 def held_by(rows) -> tuple[list[str], bool | None]:
     """The tasks that rows name, and whether several images are labelled; `None` where no row shows several."""
     tasks, labelled = set(), []
@@ -234,13 +251,15 @@ def held_by(rows) -> tuple[list[str], bool | None]:
 
 class AskQuestions(TrainerCallback):
     """
-    Asks held-out questions at each evaluation and logs how many are answered rightly, by task and by route. Processes
-    share the work.
+    Asks held-out questions at each evaluation and logs how many are answered rightly, by task and by route: by the
+    likeliest option, or by the model's own words where there are none to choose from. Processes share the work.
     """
 
     def __init__(self, processor, rows: Dataset, batch_size: int):
-        # Answers in free words have no options to choose from.
-        self.rows = [row for row in rows if row.get("options")]
+        # One's own rows need not say more than what is asked and answered.
+        rows = [{**dict.fromkeys(COPIED), **row, "index": place} for place, row in enumerate(rows)]
+        self.chosen = [row for row in rows if row["options"]]
+        self.told = [{**row, "options": []} for row in rows if row["answer"] and not row["options"]]
         self.processor, self.batch_size = processor, batch_size
         self.trainer = None
 
@@ -248,9 +267,12 @@ class AskQuestions(TrainerCallback):
         accelerator = self.trainer.accelerator
         training = model.training
         model.eval()
-        # Every process makes as many calls as the others, which sharded weights need.
-        with accelerator.split_between_processes(self.rows, apply_padding=True) as mine:
-            records = list(answer_questions(model, self.processor, mine, self.batch_size, generate=False))
+        records = []
+        for rows, generate in ((self.chosen, False), (self.told, True)):
+            # Sharded weights need as many calls of every process, and words are not of one length.
+            if rows and not (generate and self.trainer.is_fsdp_enabled):
+                with accelerator.split_between_processes(rows, apply_padding=True) as mine:
+                    records += answer_questions(model, self.processor, mine, self.batch_size, generate)
         model.train(training)
         records = list({record["index"]: record for record in gather_object(records)}.values())
         self.trainer.log(accuracies(records))
@@ -260,8 +282,9 @@ def accuracies(records: list[dict]) -> dict[str, float]:
     """`eval_accuracy/TASK` and `eval_accuracy/TASK/ROUTE`, in per cent."""
     right: dict[str, list[bool]] = {}
     for record in records:
-        for key in (record["task"], f"{record['task']}/{record['route']}"):
-            right.setdefault(key, []).append(record["correct"])
+        task = record["task"] or "questions"
+        for key in (task, f"{task}/{record['route']}") if record["route"] else (task,):
+            right.setdefault(key, []).append(record["text_correct" if record["correct"] is None else "correct"])
     return {f"eval_accuracy/{key}": 100 * sum(values) / len(values) for key, values in sorted(right.items())}
 
 
@@ -382,8 +405,14 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if "generation" in config.missing_parts and is_main:
         logger.warning("There is no generation expert yet: it stays as random numbers, which Stage II has to train.")
     trained_parts = {"understanding"} if script_args.freeze_vision else {"understanding", "vision"}
+    trained_parts = set() if model_args.use_peft else trained_parts  # adapters leave all of it as it is
+    if random_parts := [part for part in config.missing_parts if part not in {"generation", *trained_parts}]:
+        raise SystemExit(
+            f"{model_args.model_name_or_path} came without its {' and '.join(random_parts)} weights, which this "
+            "training would leave as random numbers. Start from a complete checkpoint."
+        )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained_parts and not model_args.use_peft)
+        parameter.requires_grad_(part_of(name) in trained_parts)
     pipe.vae.requires_grad_(False)
     if model_args.use_peft and not model_args.lora_target_modules:
         model_args.lora_target_modules = UNDERSTANDING_EXPERT
@@ -393,6 +422,7 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
         before, whole = checksum({name: loaded[name] for name in frozen}), checksum(loaded)
         del loaded
+        check_start(output_dir, whole, resumes=resume is not None)
 
     # 2. The questions, every row looked at.
     max_length = training_args.max_length or config.text_config.max_position_embeddings
@@ -401,14 +431,17 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     with PartialState().main_process_first():
         train = load_questions(script_args, seed, script_args.dataset_train_split, **how)
         train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
+    # A stream is looked at in its first rows; of the questions made from them it is known what follows.
+    tasks, labelled = held_by(
+        train.take(FIRST_ROWS) if script_args.dataset_streaming else train.remove_columns("images")
+    )
     if script_args.dataset_streaming and makes_questions(script_args):
         tasks, labelled = script_args.tasks or TASKS[script_args.dataset_config], script_args.label_images
-    else:
-        rows = train.take(FIRST_ROWS) if script_args.dataset_streaming else train.remove_columns("images")
-        tasks, labelled = held_by(rows)
     if script_args.shuffle_answers:
         train = train.map(partial(shuffle_answer, seed=seed), with_indices=True)
     if script_args.dataset_streaming:
+        # The rows of a case follow one another: a step of one patient would be a poor step.
+        train = train.shuffle(seed=seed, buffer_size=FIRST_ROWS)
         train = train.repeat(None)  # processes whose streams end at different times would wait for each other
     held_out, callbacks = None, []
     if training_args.eval_strategy != "no":
@@ -470,7 +503,7 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
             pipe.model.load_state_dict(tensors)
         pipe.model.requires_grad_(True).eval()
         config = pipe.model.config
-        config.missing_parts = [part for part in config.missing_parts if part not in ("understanding", "vision")]
+        config.missing_parts = [part for part in config.missing_parts if part not in trained_parts]
         if labelled is not None:
             config.label_images = labelled
         learned = () if script_args.shuffle_answers else tasks

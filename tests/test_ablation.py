@@ -207,7 +207,7 @@ def write_answers(folder, accuracy):
 def ablation(tmp_path):
     """Three seeds: `all` above `none`, below `vqa`, and now above and now below `random`."""
     seeds, arms = [0, 1, 2], ["none", "vqa", "all", "random"]
-    config = {"settings": {"protocol": "test", "test_cases": 8}, "Stage I": [{}, {}], "seeds": seeds, "arms": arms}
+    config = {"settings": {"protocol": "test", "test_cases": 8}, "Stage I": {}, "seeds": seeds, "arms": arms}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for seed in seeds:
         shift = 0.001 * seed

@@ -35,8 +35,8 @@ WINDOW = {"unit": "grey level", "low": 0.0, "high": 255.0}
 # What is taken over from the recipe of Stage II.
 TRAINING = (
     *("freeze", "drop_text", "drop_vae", "drop_vit", "train_batch_size", "gradient_accumulation_steps"),
-    *("mixed_precision", "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2"),
-    *("adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay", "logit_mean", "logit_std"),
+    *("mixed_precision", "learning_rate", "muon_learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1"),
+    *("adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay", "logit_mean", "logit_std"),
     *("checkpointing_steps", "logging_steps", "sampling_steps", "guidance_scale", "image_guidance_scale"),
 )
 

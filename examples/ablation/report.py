@@ -80,14 +80,17 @@ def read_cells(folder: Path) -> dict[str, Cells]:
         folder (`Path`): What `synermedgen evaluate` wrote.
 
     Returns:
-        `dict[str, Cells]`: For `"ssim"`, `"psnr"` and `"mae"`, the first figure of the protocol that begins so.
+        `dict[str, Cells]`: For `"ssim"`, `"psnr"` and `"mae"`, the first figure of the protocol that begins so and, for
+        the last, is in the unit of the target.
     """
     sums: dict[str, dict[tuple[str, str], list[float]]] = {metric: {} for metric in METRICS}
     stamps: dict[str, dict] = {}
     for record in read_cases(folder):
         check_same_protocol([stamps.setdefault(record["route"], record), record])
         for metric in METRICS:
-            name = next(name for name in record["metrics"] if name.startswith(f"{metric}_"))
+            # The mean absolute error in the unit of the target, not in grey levels.
+            names = [name for name in record["metrics"] if name.startswith(f"{metric}_")]
+            name = next(name for name in names if metric != "mae" or not name.startswith("mae_u8_"))
             if (value := record["metrics"][name]) is not None:
                 sums[metric].setdefault((record["route"], record["patient"]), []).append(value)
     return {metric: {cell: statistics.fmean(values) for cell, values in own.items()} for metric, own in sums.items()}

@@ -51,6 +51,7 @@ ARMS: dict[str, tuple[tuple[str, ...], str | None]] = {
 }
 ZERO_SHOT = ("none", "vqa", "all")  # arms that are asked to synthesise without Stage II, too
 SCANNERS = ("usual", "unseen")
+PROTOCOLS = ("synthrad2023", "paper_frame")  # those that know all routes slice by slice, and SSIM
 TIMINGS, CONFIG = "timings.jsonl", "config.json"
 
 
@@ -72,7 +73,7 @@ def parse_args(argv=None):
     add("--slice_step", type=int, default=8, help="every so many of their slices")
     add("--phantom_size", type=int, default=128, help="pixels of a slice's longer side, in the evaluation")
     add("--phantom_slices", type=int, default=None, help="axial slices of a patient, by default the whole region")
-    add("--protocol", default="synthrad2023", help="of the evaluation, see metrics.protocols.evaluate_case")
+    add("--protocol", default="synthrad2023", choices=PROTOCOLS, help="of the evaluation")
     add("--batch_size", type=int, default=16, help="of the evaluation")
     add("--plan", action="store_true", help="say what would be done, and stop")
     return parser.parse_args(argv)

@@ -40,11 +40,11 @@ from PIL import Image
 from viewer import Result, Results, in_plane, layer_of, pair, picture, table
 
 from synermedgen_hf import MODALITIES, SynerMedGenPipeline, checkpoint_path
-from synermedgen_hf.data.sources import load_case, read_manifest
+from synermedgen_hf.data.sources import MIN_SHARED_EXTENT, load_case, read_manifest
 from synermedgen_hf.data.understanding import TaskSampler
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, REGION_NAMES
-from synermedgen_hf.volumes.reading import resample, same_grid
+from synermedgen_hf.volumes.reading import check_finite, resample, same_grid, shared_extent
 from synermedgen_hf.volumes.synthesis import checksums, synthesize_volume, write_synthesis
 from synermedgen_hf.volumes.understanding import region_axis, understanding_slice
 from synermedgen_hf.volumes.uploads import Upload, UploadLimits, free_memory, read_upload, unpacked
@@ -317,7 +317,13 @@ class App:
         if reference is not None:
             path, modality = reference
             measured = self.read(path).in_scanner_units(modality, self.codec)
+            check_finite(measured, "the reference")
             if not same_grid(measured, volume):
+                if (shared := shared_extent(measured, volume)) < MIN_SHARED_EXTENT:
+                    raise ValueError(
+                        f"The reference shares {shared:.0%} of its extent with the scan: it has to show the same place "
+                        "of the same patient."
+                    )
                 gr.Warning("The reference lies on another grid and was resampled onto the scan's.")
                 measured = resample(measured, volume, self.codec.intensity[modality]["low"])
         syntheses = {}
@@ -569,6 +575,8 @@ class App:
                         middle = (len(made.slices) - 1) // 2
                         volume = self.files(told, "NIfTI", target, middle)
                         nifti = next(path for path in volume if path.endswith(".nii.gz"))
+                        for other in set(volume) - {nifti}:  # gradio clears away what it was given, no more
+                            Path(other).unlink()
                         yield to_display(made.slices[middle], made.window), nifti, told.syntheses[target].record
                     else:  # nothing new, but a place where a caller who left can be noticed
                         yield gr.skip(), gr.skip(), gr.skip()

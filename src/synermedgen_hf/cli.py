@@ -512,7 +512,6 @@ def evaluate_understanding(
         from tqdm.auto import tqdm
         from transformers import AutoConfig, AutoModel, AutoProcessor
 
-        from . import checkpoint_path
         from .data.splits import write_whole
         from .data.synermed import TASKS
         from .hub import check_folder
@@ -520,7 +519,7 @@ def evaluate_understanding(
         from .metrics.understanding import CASES, answer_questions, resume_cases, summarise, understanding_table
 
         scans = {"data_dir": str(data_dir)} if data_dir else {"phantom_cases": phantom_cases}
-        source = model or checkpoint_path()
+        source = model_source(model)
         check_folder(source, {"vae": None, "scheduler": None})  # they are not needed here
         parts = ("understanding", "vision")  # nor are the others
         told = AutoConfig.from_pretrained(source, subfolder="model")
@@ -643,7 +642,7 @@ def evaluate(
             output,
             data_dir=data_dir,
             phantom_cases=phantom_cases,
-            model=model,
+            model=model and model_source(model),
             baseline=baseline,
             routes=routes or (),
             split=split,

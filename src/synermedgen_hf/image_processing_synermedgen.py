@@ -235,18 +235,29 @@ def own_window(image: Any) -> tuple[float, float] | None:
     return None if is_picture else (low, high if low < high else low + 1)
 
 
-def to_display(array: np.ndarray, record_or_window: dict[str, Any] | tuple[float, float]) -> Image.Image:
+def to_display(
+    array: np.ndarray,
+    record_or_window: dict[str, Any] | tuple[float, float],
+    spacing: tuple[float, float] | None = None,
+) -> Image.Image:
     """An 8-bit grey picture of a slice: the window spans 0 to 255 linearly, rounded, not truncated.
 
     Args:
         array (`np.ndarray` of shape `(H, W)`): scanner units.
         record_or_window (`dict` or `tuple`): an intensity record, or `(low, high)` in scanner units, such as
             `(-160, 240)` for soft tissue in CT.
+        spacing (`tuple[float, float]`, *optional*): mm from row to row and from column to column; the picture is
+            enlarged until its pixels are square, which would squash the patient otherwise.
     """
     window = record_or_window
     low, high = (window["low"], window["high"]) if isinstance(window, dict) else window
     grey = np.clip((np.asarray(array, np.float64) - low) / (high - low), 0, 1) * 255
-    return Image.fromarray(np.rint(grey).astype(np.uint8))
+    picture = Image.fromarray(np.rint(grey).astype(np.uint8))
+    if spacing is None or max(spacing) <= 1.01 * min(spacing):
+        return picture
+    rows, columns = spacing
+    size = (round(picture.width * columns / min(spacing)), round(picture.height * rows / min(spacing)))
+    return picture.resize(size, Image.Resampling.BILINEAR)
 
 
 def load_slice(image: Any) -> tuple[np.ndarray, bool]:

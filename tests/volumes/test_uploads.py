@@ -198,6 +198,24 @@ class TestWhatIsRefused:
         header = b"ObjectType = Image\nNDims = 3\nDimSize = 9 9 9\nElementType = MET_UCHAR\n"
         assert "in another file" in refused(send(header + b"ElementDataFile = /etc/passwd\n", ".mha"))
 
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            "elementdatafile = LOCAL\nElementDataFile = {secret}\n",
+            "ElementDataFile : {secret}\nElementDataFile = LOCAL\n",
+            "Comment = a\x0bElementDataFile = LOCAL\nElementDataFile = {secret}\n",
+            "ElementDataFile\0 = {secret}\nElementDataFile = LOCAL\n",
+            "dimsize = 9 9 9\nElementDataFile = LOCAL\n",
+            "DimSize = 9 9 9\nElementDataFile = LOCAL\n",
+        ],
+    )
+    def test_a_metaimage_that_says_one_thing_here_and_another_to_its_reader(self, send, tmp_path, lines):
+        (tmp_path / "secret").write_bytes(b"s" * 9**3)
+        header = "ObjectType = Image\nNDims = 3\nDimSize = 9 9 9\nElementType = MET_UCHAR\n"
+        content = (header + lines.format(secret=tmp_path / "secret")).encode()
+        message = refused(send(content + b"v" * 9**3, ".mha"))
+        assert "cannot be read" in message or "in another file" in message
+
     def test_more_bytes_than_are_taken(self, send, scan):
         assert "at most 0 MB" in refused(send(nifti(scan), ".nii"), UploadLimits(file_bytes=1000))
 
@@ -209,6 +227,11 @@ class TestZips:
     def test_a_path_that_leads_out(self, send, tmp_path, name):
         assert "leads out of it" in refused(send(zipped({name: dicom_slice(0)}), ".zip"))
         assert not list(tmp_path.rglob("evil*"))
+
+    def test_a_series_without_the_size_of_its_pixels(self, send):
+        pytest.importorskip("SimpleITK")
+        files = {f"IM{place}": dicom_slice(place, PixelSpacing=None) for place in range(4)}
+        assert "damaged" in refused(send(zipped(files), ".zip"))
 
     def test_a_link(self, send):
         link = zipfile.ZipInfo("IM0")
@@ -234,6 +257,17 @@ class TestZips:
     def test_too_many_files(self, send):
         files = {str(number): b"" for number in range(30)}
         assert "30 files" in refused(send(zipped(files), ".zip"), UploadLimits(files=20))
+
+    def test_a_list_of_contents_that_is_too_long(self, send):
+        content = bytearray(zipped({str(number): b"" for number in range(30)}))
+        end = content.rindex(b"PK\x05\x06")
+        content[end + 8 : end + 12] = bytes(4)  # it says that it holds nothing
+        content[end + 12 : end + 16] = (10**9).to_bytes(4, "little")
+        assert "list of contents is too long" in refused(send(bytes(content), ".zip"))
+        content[end + 12 : end + 16] = bytes(4)
+        longer = b"PK\x06\x06" + bytes(52) + b"PK\x06\x07" + bytes(16)  # the list of more than 65,535 files
+        content[end:end] = longer
+        assert "list of contents is too long" in refused(send(bytes(content), ".zip"))
 
     def test_no_dicom_inside(self, send, scan):
         assert "no DICOM" in refused(send(zipped({"scan.nii": nifti(scan)}), ".zip"))

@@ -121,10 +121,11 @@ class PairPool:
         return self.known_grids[number]
 
     def _fingerprint(self) -> str:
-        """Of every pair's place and windows, and of the content of some slices: another data set has another one."""
+        """Of every pair's place, windows and instructions, and of the content of some slices: other data, another one."""
         state = hashlib.sha256()
         for route, pairs in self.pairs.items():
-            state.update(json.dumps([route.name, [[pair.case, pair.slices] for pair in pairs]]).encode())
+            said = [[pair.case, pair.slices, sorted(pair.instructions.items())] for pair in pairs]
+            state.update(json.dumps([route.name, said]).encode())
         for stored in self.stored:
             state.update(json.dumps([stored.case, stored.modality, stored.window]).encode())
         for stored in self.stored[:: max(1, len(self.stored) // _SAMPLED)]:

@@ -471,13 +471,8 @@ class _Case:
     def picture(self, modality: str, place: int) -> Image.Image:
         key = (modality, place)
         if key not in self._pictures:
-            picture = to_display(self.loaded.images[modality][place], self.loaded.windows[modality])
-            _, rows, columns = self.loaded.spacing
-            if max(rows, columns) > 1.01 * min(rows, columns):  # pixels that are not square would squash the patient
-                pixel = min(rows, columns)
-                size = (round(picture.width * columns / pixel), round(picture.height * rows / pixel))
-                picture = picture.resize(size, Image.Resampling.BILINEAR)
-            self._pictures[key] = picture
+            image, window = self.loaded.images[modality][place], self.loaded.windows[modality]
+            self._pictures[key] = to_display(image, window, self.loaded.spacing[1:])
         return self._pictures[key]
 
     def tightest(self, n: int, gap: int) -> list[list[int]]:

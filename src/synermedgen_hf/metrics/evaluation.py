@@ -400,9 +400,9 @@ class Judge:
             for row in rows
         ]
 
-    def window(self, modality: str) -> tuple[float, float] | None:
-        """The window of MR slices, that of their volume; volumes and other modalities have their protocol's own."""
-        if self.level == "volume" or "percentile" not in self.codec.intensity[modality]:
+    def scale(self, modality: str) -> tuple[float, float] | None:
+        """Where the codec puts the window of an MR; HU and SUV are what they are."""
+        if "percentile" not in self.codec.intensity[modality]:
             return None
         record = self.codec.target_record(modality)
         return record["low"], record["high"]
@@ -425,6 +425,7 @@ class Judge:
             made += self.predict(rows[batch], seeds[batch])
         wanted = [true_target(self.codec, row) for row in rows]
         masks = [None if row["mask"] is None else np.asarray(row["mask"], bool) for row in rows]
+        modality, scale = rows[0]["target_modality"], self.scale(rows[0]["target_modality"])
         for row, prediction in zip(rows, made, strict=True):
             _check_finite(prediction, row)
         if self.level == "volume":
@@ -442,13 +443,16 @@ class Judge:
                     other,
                     mask=mask,
                     protocol=self.protocol,
-                    modality=rows[0]["target_modality"],
+                    modality=modality,
                     spacing=tuple(rows[0]["spacing"][-one.ndim :]),
-                    window=self.window(rows[0]["target_modality"]),
+                    # Slices of MR need the window of their volume; a volume and HU and SUV have their protocol's own.
+                    window=scale if self.level == "slice" else None,
                 )
             except ValueError as error:
                 where = " ".join(str(part) for part in name_of(identity) if part is not None)
                 raise ValueError(f"{where} cannot be judged: {error}") from error
+            if scale is not None:  # errors in arbitrary units are of this scale
+                judged["protocol"]["scale"] = list(scale)
             records.append({**identity, **judged, "picture": draw_strip(*picture, self.codec)})
         return records
 

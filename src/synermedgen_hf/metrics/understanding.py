@@ -106,7 +106,9 @@ def _prepare(processor, row: dict) -> Question:
         options = ", ".join(row["options"])
         raise ValueError(f"Row {row['index']} ({row['task']}): the answer {row['answer']!r} is none of {options}.")
     messages = list(takewhile(lambda message: message["role"] != "assistant", row["messages"]))
-    parts = [part for message in messages for part in message["content"]]
+    parts = []
+    for content in (message["content"] for message in messages):
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
     places = sum(part["type"] == "image" for part in parts)
     if not 0 < places <= len(row["images"]):
         raise ValueError(

@@ -58,13 +58,8 @@ def understanding_slice(volume: Volume, axis: str, window: tuple[float, float] |
     """
     check_finite(volume, "the scan")
     slices = slices_of(volume, axis)
-    picture = to_display(slices[len(slices) // 2], shown_window(volume) if window is None else window)
-    _, rows, columns = slice_spacing(volume, axis)
-    if max(rows, columns) > 1.01 * min(rows, columns):  # pixels that are not square would squash the patient
-        pixel = min(rows, columns)
-        size = (round(picture.width * columns / pixel), round(picture.height * rows / pixel))
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-    return picture
+    window = shown_window(volume) if window is None else window
+    return to_display(slices[len(slices) // 2], window, slice_spacing(volume, axis)[1:])
 
 
 __all__ = ["region_axis", "shown_window", "understanding_slice"]

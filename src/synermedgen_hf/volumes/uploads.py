@@ -29,6 +29,12 @@ from .reading import Volume, read_volume
 
 KNOWN = "a PNG, a NIfTI (.nii, .nii.gz), a MetaImage (.mha) or a zip of one DICOM series"
 PICTURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\x00": "TIFF", b"MM\x00*": "TIFF"}
+# What says where the voxels are and how many, by its only spelling.
+METAIMAGE_NAMES = {
+    name.lower(): name
+    for name in ("ObjectType", "NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "ElementDataFile")
+}
+ENTRY_BYTES = 1024  # at most, on the average, of a zip's list of contents: 46, a name, what an archiver adds
 END_OF_PNG = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 # In memory for every voxel while a volume is synthesised: as read, float32, mean and deviation, a copy to write.
 BYTES_PER_VOXEL = 40
@@ -126,6 +132,8 @@ def read_upload(path: str | os.PathLike, limits: UploadLimits | None = None) -> 
             # The place is ours and gone by now; only the reason is of use.
             reason = str(error).replace(f"{scan}: ", "").replace(str(scan), f"The {format} file")
             raise ValueError(reason or f"The {format} file does not fit into memory.") from None
+        except (AttributeError, TypeError, LookupError, ArithmeticError):  # of headers that lack or twist something
+            raise ValueError(f"The {format} file is damaged: what it must say is missing, or makes no sense.") from None
 
 
 @contextmanager
@@ -166,7 +174,7 @@ def _unpack(file, start: bytes, path: Path, folder: Path, limits: UploadLimits) 
         _check_nifti(start, path.stat().st_size, limits)
         return _named(path, folder / "scan.nii"), "NIfTI"
     if start.startswith(b"ObjectType"):
-        _check_metaimage(start, limits)
+        _check_metaimage(file.read(1 << 16), limits)  # some keep all of a DICOM header in theirs
         return _named(path, folder / "scan.mha"), "MetaImage"
     if start.startswith(b"PK\x03\x04"):
         return _unzip(file, folder / "series", limits), "DICOM"
@@ -234,7 +242,7 @@ def _check_nifti(start: bytes, size: int | None, limits: UploadLimits) -> int:
         header = header_class(start[:length])
         shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
         offset = header.get_data_offset()
-    except (HeaderDataError, WrapStructError, ValueError, KeyError) as error:
+    except (HeaderDataError, WrapStructError, ValueError, KeyError, OverflowError) as error:
         raise ValueError("The NIfTI header cannot be read: the file is damaged or something else.") from error
     _check_size(shape, itemsize, limits)
     whole = offset + prod(shape) * itemsize
@@ -267,30 +275,65 @@ def _gunzip(file, target: Path, limits: UploadLimits) -> Path:
 
 
 def _check_metaimage(start: bytes, limits: UploadLimits):
-    """Only a header whose voxels follow in the same file: another file could be any of this machine."""
-    header = {}
-    for line in start.decode("latin-1").splitlines():
+    """
+    Only a header whose voxels follow in the same file: another file could be any of this machine.
+
+    The library that reads the file afterwards takes `:` for `=`, knows names in one spelling only and passes over what
+    it does not know. A header that could mean one thing here and another thing there is refused.
+    """
+    damaged = "The MetaImage header cannot be read: the file is damaged or something else."
+    header: dict[str, str] = {}
+    for line in start.decode("latin-1").split("\n"):
         name, equals, value = line.partition("=")
-        if not equals:
+        name, value = name.strip(), value.strip()
+        known = METAIMAGE_NAMES.get(name.lower())
+        if not equals or not name.isascii() or not name.isprintable() or ":" in name or len(name) > 80:
+            raise ValueError(damaged)
+        if known not in (None, name) or known in header:
+            raise ValueError(damaged)
+        if known:
+            header[known] = value
+        if name == "ElementDataFile":
             break
-        header[name.strip().lower()] = value.strip()
-        if name.strip().lower() == "elementdatafile":
-            break
-    if header.get("elementdatafile", "").upper() != "LOCAL":
+    if header.get("ElementDataFile") not in ("LOCAL", "Local", "local"):
         raise ValueError("The MetaImage keeps its voxels in another file: send an .mha, which holds them itself.")
-    if header.get("elementnumberofchannels", "1") != "1":
+    if header.get("ElementNumberOfChannels", "1") != "1":
         raise ValueError("The MetaImage holds several values a voxel: a scan has one.")
     try:
-        shape = tuple(int(side) for side in header["dimsize"].split())
+        shape = tuple(int(side) for side in header["DimSize"].split())
     except (KeyError, ValueError):
-        raise ValueError("The MetaImage header cannot be read: the file is damaged or something else.") from None
+        raise ValueError(damaged) from None
     _check_size(shape, 8, limits)
+
+
+def _check_directory(file, limits: UploadLimits):
+    """
+    Raise a `ValueError` for a list of contents that is too long, before it is read: each entry becomes an object.
+
+    The list ends with a record of 22 bytes and perhaps a comment, which says how long the list is, at its bytes 12 to
+    16 (APPNOTE.TXT 4.3.16). A longer one may stand before it, which is found by its locator of 20 bytes (4.3.15); what
+    needs that is no upload.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 20 - 22 - 0xFFFF))
+    end = file.read()
+    file.seek(0)
+    place = end.rfind(b"PK\x05\x06")
+    record = end[place : place + 22]
+    if place < 0 or len(record) < 22:
+        raise ValueError("The zip is damaged or not complete: pack and send it again.")
+    entries, length = int.from_bytes(record[10:12], "little"), int.from_bytes(record[12:16], "little")
+    if length > limits.files * ENTRY_BYTES or end[max(0, place - 20) : place].startswith(b"PK\x06\x07"):
+        raise ValueError(f"The zip's list of contents is too long: at most {limits.files:,} files are taken.")
+    if entries > limits.files:
+        raise ValueError(f"The zip holds {entries:,} files; at most {limits.files:,} are taken.")
 
 
 def _unzip(file, folder: Path, limits: UploadLimits) -> Path:
     """The DICOM files of a zip under numbers for names. What a zip says of its sizes is checked, not believed."""
     folder.mkdir()
     kept = others = written = 0
+    _check_directory(file, limits)
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
