@@ -64,6 +64,7 @@ from synermedgen_hf.data.phantom import load_phantom
 from synermedgen_hf.data.routes import ROUTES
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.loading_synermedgen import part_of, weights_checksum
+from synermedgen_hf.model_card import make_adapter_card
 from synermedgen_hf.optimization import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
@@ -792,9 +793,18 @@ def write_log(accelerator: Accelerator, log, row: dict):
     accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
 
+def seen(args) -> str:
+    """What is trained on, for a card; of a folder, its name alone."""
+    simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
+    source = simulated if is_simulated(args) else Path(args.data_dir or args.dataset_name).name
+    return f"Stage II ({args.max_train_steps} steps) on {source}."
+
+
 def save_adapter(args, model, weights: dict[str, torch.Tensor]):
-    """The adapter in PEFT's format; it is published where no pipeline will be."""
+    """The adapter in PEFT's format with its card; it is published where no pipeline will be."""
     model.save_pretrained(args.output_dir, state_dict=weights)
+    name = args.hub_model_id or args.output_dir.resolve().name
+    make_adapter_card(name, args.pretrained_model_name_or_path, seen(args)).save(args.output_dir / "README.md")
     logger.info("saved the adapter in %s", args.output_dir)
     if args.push_to_hub and not args.merge_adapter:
         repo_id = create_repo(args.hub_model_id or args.output_dir.resolve().name, exist_ok=True).repo_id
@@ -805,12 +815,10 @@ def save_pipeline(args, pipe, routes: list[str]):
     """The trained model with everything around it, and the arguments."""
     config = pipe.model.config
     config.trained_routes = list(dict.fromkeys(routes))
-    simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
     if is_simulated(args):
         config.notice = NOTICE
-    source = simulated if is_simulated(args) else Path(args.data_dir or args.dataset_name).name
     pipe.vae.to("cpu")
-    card = {"training_data": f"Stage II ({args.max_train_steps} steps) on {source}."}
+    card = {"training_data": seen(args)}
     pipe.save_pretrained(args.output_dir / "pipeline", card=card)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     write_whole(args.output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")

@@ -57,6 +57,7 @@ from synermedgen_hf.data.synermed import TASKS
 from synermedgen_hf.data.understanding import DEFAULT_MIX
 from synermedgen_hf.loading_synermedgen import combine_digests, part_of, tensor_digest
 from synermedgen_hf.metrics.understanding import COPIED, answer_questions
+from synermedgen_hf.model_card import make_adapter_card
 from synermedgen_hf.optimization import MuonWithAdamW
 
 logger = get_logger(__name__)
@@ -487,8 +488,14 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
             raise RuntimeError("The generation expert has changed, which Stage I must never do. Nothing was saved.")
         print(f"The generation expert is untouched: checksum {before}")
     repo_id = training_args.hub_model_id or output_dir.resolve().name
+    simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
+    source = simulated if script_args.phantom_cases else script_args.data_dir or script_args.dataset_name
+    named = ", ".join(tasks) or "questions of no named task"
+    named += "; answers shuffled, a control" if script_args.shuffle_answers else ""
+    seen = f"Stage I ({named}) on {Path(source).name}, {trainer.state.max_steps} steps."
     if is_main and peft_config is not None:
         trainer.model.save_pretrained(output_dir, state_dict=tensors)  # the adapter alone
+        make_adapter_card(repo_id, model_args.model_name_or_path, seen).save(output_dir / "README.md")
         if publish and not script_args.merge_adapter:
             api = HfApi(token=training_args.hub_token)
             repo_id = api.create_repo(repo_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
@@ -508,13 +515,9 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
             config.label_images = labelled
         learned = () if script_args.shuffle_answers else tasks
         config.trained_tasks = list(dict.fromkeys([*config.trained_tasks, *learned]))
-        simulated = "simulated patients of synermedgen_hf.data.phantom; no real scan"
         if script_args.phantom_cases:
             config.notice = NOTICE
-        source = simulated if script_args.phantom_cases else script_args.data_dir or script_args.dataset_name
-        named = ", ".join(tasks) or "questions of no named task"
-        named += "; answers shuffled, a control" if script_args.shuffle_answers else ""
-        card = {"training_data": f"Stage I ({named}) on {Path(source).name}, {trainer.state.max_steps} steps."}
+        card = {"training_data": seen}
         pipe.save_pretrained(output_dir / "pipeline", card=card)
         print(f"Saved {output_dir / 'pipeline'}")
         if publish:

@@ -9,6 +9,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CARD_MARK = "<!-- Written by synermedgen_hf. Remove this line to keep your own changes when saving again. -->"
+NOT_CLINICAL = (
+    "**Research use only. Not for clinical use:** what it makes is synthetic, may be wrong, and must not inform "
+    "the care of a patient."
+)
 SUMMARY = "summary.json"  # of a folder that `synermedgen evaluate` wrote
 
 
@@ -77,8 +81,7 @@ def make_model_card(
     sections = [
         CARD_MARK,
         f"# {title}",
-        "**Research use only. Not for clinical use:** what it makes is synthetic, may be wrong, and must not inform "
-        "the care of a patient." + (f" {config.notice}" if config.notice else ""),
+        NOT_CLINICAL + (f" {config.notice}" if config.notice else ""),
         "A SynerMedGen model: one Mixture-of-Transformers that understands paired medical scans and synthesises one "
         "modality from another, in scanner units on the grid of the input.",
         "## Use\n\n"
@@ -111,6 +114,46 @@ def make_model_card(
         "  url       = {https://arxiv.org/abs/2605.08724}\n"
         "}\n"
         "```",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def make_adapter_card(title: str, base_model: str, training_data: str, license: str = "apache-2.0") -> ModelCard:
+    """
+    The card of a LoRA adapter: what it belongs to, what it has seen, and for whom it is not.
+
+    Args:
+        title (`str`): Name of the adapter.
+        base_model (`str`): The weights it was trained on: a Hub repository, or a folder, whose name alone is told.
+        training_data (`str`): What it has seen, in words.
+        license (`str`, defaults to `"apache-2.0"`): A licence identifier of the Hub.
+
+    Returns:
+        `huggingface_hub.ModelCard`
+    """
+    is_folder = Path(base_model).exists()
+    base = Path(base_model).resolve().name if is_folder else base_model
+    data = ModelCardData(
+        library_name="peft",
+        license=license,
+        base_model=None if is_folder else base,
+        tags=["lora", "medical-imaging", "synermedgen", "research-use-only"],
+    )
+    sections = [
+        CARD_MARK,
+        f"# {title}",
+        NOT_CLINICAL,
+        f"A LoRA adapter for SynerMedGen, trained on {base}.",
+        "## Use\n\n"
+        "```python\n"
+        "from synermedgen_hf import SynerMedGenPipeline\n\n"
+        'pipe = SynerMedGenPipeline.from_pretrained("...")  # the weights named above\n'
+        'pipe.load_lora_weights("...")  # this repository\n'
+        "```\n\n"
+        "Routes and tasks are those that the base names: what the adapter alone has learned has to be added to\n"
+        "`pipe.model.config.trained_routes` or `trained_tasks`. `--merge_adapter` of the training scripts saves a\n"
+        "whole pipeline instead, which knows both.",
+        "## Training data\n\n" + training_data,
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -220,4 +263,11 @@ def evaluation_results(summary: dict) -> list[EvalResult]:
     ]
 
 
-__all__ = ["evaluation_results", "intensity_table", "make_model_card", "may_replace_card", "subjects"]
+__all__ = [
+    "evaluation_results",
+    "intensity_table",
+    "make_adapter_card",
+    "make_model_card",
+    "may_replace_card",
+    "subjects",
+]

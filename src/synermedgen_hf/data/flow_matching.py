@@ -121,7 +121,7 @@ class PairPool:
         return self.known_grids[number]
 
     def _fingerprint(self) -> str:
-        """Of every pair's place, windows and instructions, and of the content of some slices: other data, another one."""
+        """Of every pair's place, windows and instructions, and of the content of some slices: other data, another."""
         state = hashlib.sha256()
         for route, pairs in self.pairs.items():
             said = [[pair.case, pair.slices, sorted(pair.instructions.items())] for pair in pairs]

@@ -426,6 +426,8 @@ class Judge:
         wanted = [true_target(self.codec, row) for row in rows]
         masks = [None if row["mask"] is None else np.asarray(row["mask"], bool) for row in rows]
         modality, scale = rows[0]["target_modality"], self.scale(rows[0]["target_modality"])
+        # Released pairs do not say it.
+        spacing = tuple(rows[0]["spacing"][-wanted[0].ndim :]) if all(rows[0]["spacing"]) else None
         for row, prediction in zip(rows, made, strict=True):
             _check_finite(prediction, row)
         if self.level == "volume":
@@ -444,7 +446,7 @@ class Judge:
                     mask=mask,
                     protocol=self.protocol,
                     modality=modality,
-                    spacing=tuple(rows[0]["spacing"][-one.ndim :]),
+                    spacing=spacing,
                     # Slices of MR need the window of their volume; a volume and HU and SUV have their protocol's own.
                     window=scale if self.level == "slice" else None,
                 )
