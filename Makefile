@@ -71,6 +71,7 @@ quality: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(PY) examples/benchmark.py
+	$(PY) examples/benchmark.py --training
 	$(PY) examples/benchmark_checkpoints.py
 	$(PY) examples/benchmark_data.py
 	$(PY) examples/benchmark_understanding.py

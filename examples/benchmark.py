@@ -19,6 +19,11 @@ With `--training`, Stage II instead:
 * `latents`: a batch of the bundled model whose slices lie in memory, on disk, or are encoded anew, against its step.
 * `memory`: of the process, over `--steps` training steps with the bundled weights.
 
+With `--only gpu`, on a GPU:
+
+* `gpu`: the step of `W4` at the widths of a 7B model, four layers, in bfloat16 by autocast: tokens a second, and its
+  operations a second (as torch counts them) as a share of what a product of two 8192 x 8192 matrices reaches.
+
 Runs of one comparison are interleaved and their medians compared, so that the machine's mood falls on both sides.
 Seconds belong to one machine; ratios travel.
 """
@@ -37,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_timing import medians
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from synermedgen_hf import (
@@ -58,7 +64,12 @@ VIT_HIDDEN, VIT_MLP, VIT_LAYERS, VIT_HEADS, PATCH = 256, 1024, 4, 4, 14
 LATENT_GRID, VIT_GRID, TEXT, EVALUATIONS = (16, 16), (18, 18), 32, 10
 
 
-SYNTHESIS, TRAINING = ["tiny", "W1", "W2", "cache"], ["W4", "detach", "latents", "memory"]
+# Four layers of Qwen2.5-7B.
+WIDE = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4}
+WIDE |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+
+
+SYNTHESIS, TRAINING, GPU = ["tiny", "W1", "W2", "cache"], ["W4", "detach", "latents", "memory"], ["gpu"]
 
 
 def parse_args(argv=None):
@@ -69,7 +80,7 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
     parser.add_argument("--training", action="store_true", help="measure training steps")
     parser.add_argument("--steps", type=int, default=500, help="of `memory`")
-    parser.add_argument("--only", nargs="+", choices=[*SYNTHESIS, *TRAINING], default=None)
+    parser.add_argument("--only", nargs="+", choices=[*SYNTHESIS, *TRAINING, *GPU], default=None)
     args = parser.parse_args(argv)
     args.only = args.only or (TRAINING if args.training else SYNTHESIS)
     return args
@@ -106,7 +117,7 @@ def benchmark_tiny(args) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_pipeline() -> SynerMedGenPipeline:
+def make_pipeline(**widths: int) -> SynerMedGenPipeline:
     torch.manual_seed(0)
     special = ["bos", "eos", "pad", "vision_start", "vision_end", "image", "latent", "target"]
     config = SynerMedGenConfig(
@@ -117,6 +128,7 @@ def make_pipeline() -> SynerMedGenPipeline:
             "num_hidden_layers": LAYERS,
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
+            **widths,
         },
         vision_config={
             "hidden_size": VIT_HIDDEN,
@@ -296,8 +308,8 @@ class TrainingStep:
 
     ROWS = 8
 
-    def __init__(self):
-        self.model = make_pipeline().model
+    def __init__(self, device: str = "cpu", **widths: int):
+        self.device, self.model = device, make_pipeline(**widths).model.to(device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(part_of(name) == "generation")
         blocks = [ImageBlock("latent", LATENT_GRID), ImageBlock("image", VIT_GRID), TextBlock(list(range(TEXT)))]
@@ -305,7 +317,7 @@ class TrainingStep:
         generator = torch.Generator().manual_seed(0)
         batch = pad_sequences(self.model.config, [sequence] * self.ROWS)
         del batch["labels"]
-        self.batch = batch | {
+        batch |= {
             "pixel_values": torch.randn(self.ROWS * 324, 3 * PATCH**2, generator=generator),
             "image_grid_hw": torch.tensor([VIT_GRID] * self.ROWS),
             "latents": torch.randn(self.ROWS * 512, 64, generator=generator),
@@ -313,6 +325,7 @@ class TrainingStep:
             "timestep": torch.tensor([0.0, 0.5] * self.ROWS),
             "velocity_labels": torch.randn(self.ROWS * 256, 64, generator=generator),
         }
+        self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
 
     def run(self, detach: bool = True):
         self.model.zero_grad(set_to_none=True)
@@ -398,6 +411,36 @@ def benchmark_step(args) -> dict:
     }
 
 
+def benchmark_gpu(args) -> dict:
+    if not torch.cuda.is_available():
+        raise SystemExit("`gpu` needs a GPU that torch can use; see `synermedgen doctor`.")
+    return measure_wide("cuda", args.repeats, WIDE, 8192)
+
+
+def measure_wide(device: str, repeats: int, widths: dict[str, int], side: int) -> dict:
+    step, factor = TrainingStep(device, **widths), torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def train():
+        with torch.autocast(device, torch.bfloat16):
+            step.run()
+        wait()
+
+    def multiply():
+        factor @ factor
+        wait()
+
+    with FlopCounterMode(display=False) as counter:
+        train()
+    seconds = medians(repeats, train=train, multiply=multiply)
+    reached, peak = counter.get_total_flops() / seconds["train"], 2 * side**3 / seconds["multiply"]
+    return {
+        "tokens_per_second": step.batch["input_ids"].numel() / seconds["train"],
+        "tflop_per_second": reached / 1e12,
+        "share_of_a_bare_product": reached / peak,
+    }
+
+
 def benchmark_detach(args) -> dict:
     step = TrainingStep()
     seconds = medians(args.repeats, detached=step.run, through=lambda: step.run(detach=False))
@@ -475,6 +518,7 @@ def main(args):
         "W2": lambda args: benchmark_ideal(args, guided=False),
         "cache": benchmark_cache,
         "W4": benchmark_step,
+        "gpu": benchmark_gpu,
         "detach": benchmark_detach,
         "latents": benchmark_latents,
         "memory": benchmark_memory,

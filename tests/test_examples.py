@@ -235,6 +235,34 @@ def test_the_benchmark_compares_with_the_ideal_and_with_recomputing(work):
     assert figures["cache"]["recomputed_to_cached"] > 1
 
 
+@pytest.mark.slow
+def test_the_benchmark_measures_training_steps(trained, work):
+    run(
+        "benchmark",
+        "--training",
+        "--model",
+        trained / "pipeline",
+        "--steps",
+        10,
+        "--repeats",
+        1,
+        "--output",
+        work / "t",
+    )
+    figures = json.loads((work / "t").read_text())
+    assert figures["W4"]["ratio"] > 1 and figures["W4"]["pairs_per_second"] > 0
+    assert figures["detach"]["kept_passing_through_to_detached"] > 1
+
+
+def test_the_step_of_a_wide_model_is_held_against_a_bare_product():
+    benchmark = run("benchmark")
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    figures = benchmark.measure_wide("cpu", 1, widths | {"num_attention_heads": 2, "num_key_value_heads": 1}, 256)
+    assert figures["tokens_per_second"] > 0 and figures["tflop_per_second"] > 0
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        benchmark.benchmark_gpu(None)
+
+
 def test_the_benchmark_states_ratios(trained, work):
     run("benchmark", "--model", trained / "pipeline", "--only", "tiny", "--repeats", 1, "--output", work / "speed.json")
     figures = json.loads((work / "speed.json").read_text())["tiny"]
