@@ -118,6 +118,8 @@ def test_paper_frame_is_made_of_grey_slices():
     ssim = [structural_similarity(*slices, data_range=255) for slices in zip(*grey, strict=True)]
     assert record["metrics"]["ssim_u8_frame"] == pytest.approx(np.mean(ssim), rel=1e-10)
     assert record["metrics"]["mae_u8_frame"] == pytest.approx(np.abs(grey[0] - grey[1]).mean(), rel=1e-10)
+    roots = np.sqrt(np.square(grey[0] - grey[1]).mean((1, 2)))
+    assert record["metrics"]["rmse_u8_frame"] == pytest.approx(roots.mean(), rel=1e-10)
     psnr = [10 * np.log10(255**2 / np.mean((one - other) ** 2)) for one, other in zip(*grey, strict=True)]
     assert record["metrics"]["psnr_u8_frame"] == pytest.approx(np.mean(psnr), rel=1e-10)
     inside = [np.abs(one - other)[own].mean() for one, other, own in zip(prediction, reference, mask, strict=True)]

@@ -339,6 +339,8 @@ def _paper_frame(case: Case) -> dict[str, Callable[[], float]]:
             f"psnr_{case.unit}_{place}": partial(_mean_over_slices, psnr_over(high - low), in_range, inside),
             f"mae_u8_{place}": partial(_mean_over_slices, mae, grey_levels, inside),
             f"mae_{case.unit}_{place}": partial(_mean_over_slices, mae, in_units, inside),
+            f"rmse_u8_{place}": partial(_mean_over_slices, rmse, grey_levels, inside),
+            f"rmse_{case.unit}_{place}": partial(_mean_over_slices, rmse, in_units, inside),
         }
     return figures
 
