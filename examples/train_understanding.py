@@ -219,20 +219,19 @@ def shuffle_answer(row: dict, number: int, seed: int) -> dict:
     return {"answer": answer, "messages": [*asked, {**told, "content": [{"type": "text", "text": answer}]}]}
 
 
-def check_start(output_dir: Path, weights: str, resumes: bool):
+def check_start(output_dir: Path, weights: str, checkpoint: str | Path | None):
     """
     Remember the weights that a training starts from, and refuse to go on from others: a checkpoint would write over
     them, or an adapter be laid on what it was not made for.
     """
-    known = output_dir / START
-    if not resumes or not known.exists():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps({"weights": weights}))
-    elif json.loads(known.read_text())["weights"] != weights:
+    known = None if checkpoint is None else Path(checkpoint).parent / START
+    if known is not None and known.exists() and json.loads(known.read_text())["weights"] != weights:
         raise SystemExit(
-            f"{output_dir} holds a training that started from other weights (see {START}). Name those with "
-            "--model_name_or_path, or choose another --output_dir."
+            f"{checkpoint} belongs to a training that started from other weights (see {START} beside it). Name those "
+            "with --model_name_or_path."
         )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / START).write_text(json.dumps({"weights": weights}))
 
 
 def held_by(rows) -> tuple[list[str], bool | None]:
@@ -334,6 +333,8 @@ class StageOneTrainer(SFTTrainer):
 
     def create_optimizer(self, model=None):
         if self.muon_learning_rate is not None and self.optimizer is None:
+            if self.is_fsdp_enabled:
+                raise SystemExit("--muon_learning_rate needs whole matrices, and FSDP shares them out: use AdamW.")
             args = self.args
             self.optimizer = MuonWithAdamW(
                 (self.model if model is None else model).named_parameters(),
@@ -407,7 +408,9 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         logger.warning("There is no generation expert yet: it stays as random numbers, which Stage II has to train.")
     trained_parts = {"understanding"} if script_args.freeze_vision else {"understanding", "vision"}
     trained_parts = set() if model_args.use_peft else trained_parts  # adapters leave all of it as it is
-    if random_parts := [part for part in config.missing_parts if part not in {"generation", *trained_parts}]:
+    if random_parts := [
+        part for part in config.missing_parts if part not in {"generation", "autoencoder", *trained_parts}
+    ]:
         raise SystemExit(
             f"{model_args.model_name_or_path} came without its {' and '.join(random_parts)} weights, which this "
             "training would leave as random numbers. Start from a complete checkpoint."
@@ -423,7 +426,7 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
         before, whole = checksum({name: loaded[name] for name in frozen}), checksum(loaded)
         del loaded
-        check_start(output_dir, whole, resumes=resume is not None)
+        check_start(output_dir, whole, resume)
 
     # 2. The questions, every row looked at.
     max_length = training_args.max_length or config.text_config.max_position_embeddings
@@ -432,7 +435,8 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     with PartialState().main_process_first():
         train = load_questions(script_args, seed, script_args.dataset_train_split, **how)
         train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
-    # A stream is looked at in its first rows; of the questions made from them it is known what follows.
+    # A stream is looked at in its first rows, so that what is too long is known before the training. What questions are
+    # made of scans is known anyway.
     tasks, labelled = held_by(
         train.take(FIRST_ROWS) if script_args.dataset_streaming else train.remove_columns("images")
     )
@@ -441,8 +445,8 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if script_args.shuffle_answers:
         train = train.map(partial(shuffle_answer, seed=seed), with_indices=True)
     if script_args.dataset_streaming:
-        # The rows of a case follow one another: a step of one patient would be a poor step.
-        train = train.shuffle(seed=seed, buffer_size=FIRST_ROWS)
+        # The rows of a case follow one another, and a step of one patient would be a poor step. One case is open at once.
+        train = train.shuffle(seed=seed, buffer_size=FIRST_ROWS, max_buffer_input_shards=1)
         train = train.repeat(None)  # processes whose streams end at different times would wait for each other
     held_out, callbacks = None, []
     if training_args.eval_strategy != "no":

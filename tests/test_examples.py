@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from nibabel import Nifti1Image
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -254,11 +255,12 @@ def test_the_benchmark_measures_training_steps(trained, work):
     assert figures["detach"]["kept_passing_through_to_detached"] > 1
 
 
-def test_the_step_of_a_wide_model_is_held_against_a_bare_product():
+def test_the_step_of_a_wide_model_is_held_against_a_bare_product(monkeypatch):
     benchmark = run("benchmark")
     widths = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     figures = benchmark.measure_wide("cpu", 1, widths | {"num_attention_heads": 2, "num_key_value_heads": 1}, 256)
     assert figures["tokens_per_second"] > 0 and figures["tflop_per_second"] > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU"):
         benchmark.benchmark_gpu(None)
 

@@ -39,6 +39,15 @@ def checkpoint_path(name: str = "synermedgen-tiny") -> Path:
     return folder / name
 
 
+def model_source(model: str | Path | None) -> str:
+    """A folder or a Hub repository as it was named; the bundled weights by their name, or where nothing is named."""
+    if model is None:
+        return str(checkpoint_path())
+    model = str(model)
+    is_bundled = "/" not in model and not Path(model).exists() and (checkpoint_path().parent / model).is_dir()
+    return str(checkpoint_path(model)) if is_bundled else model
+
+
 def __getattr__(name):
     if name == "metrics":  # a package, lazy itself
         return import_module(".metrics", __name__)

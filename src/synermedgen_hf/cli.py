@@ -10,6 +10,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from . import model_source  # light: the rest of the package is not imported with it
+
 app = typer.Typer(
     name="synermedgen",
     help="SynerMedGen: CT, MRI, CBCT and PET synthesised from one another. Research use only.",
@@ -115,16 +117,6 @@ Split = Annotated[str, typer.Option(help="Of the patients: train, validation or 
 Steps = Annotated[int | None, typer.Option(min=1, help="Of the sampler; by default the checkpoint's.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Slices at a time.")]
 ComputeDtype = Annotated[Dtype, typer.Option(help="Compute in it.")]
-
-
-def model_source(model: str | None) -> str:
-    """A folder or a Hub repository as it was named; the bundled weights by their name, or where nothing is named."""
-    from . import checkpoint_path
-
-    if model is None:
-        return str(checkpoint_path())
-    is_bundled = "/" not in model and not Path(model).exists() and (checkpoint_path().parent / model).is_dir()
-    return str(checkpoint_path(model)) if is_bundled else model
 
 
 def load_pipeline(model: str | None, device: str | None, dtype: Dtype):
@@ -642,7 +634,7 @@ def evaluate(
             output,
             data_dir=data_dir,
             phantom_cases=phantom_cases,
-            model=model and model_source(model),
+            model=model,
             baseline=baseline,
             routes=routes or (),
             split=split,

@@ -140,7 +140,6 @@ def make_adapter_card(title: str, base_model: str, training_data: str, license: 
         tags=["lora", "medical-imaging", "synermedgen", "research-use-only"],
     )
     sections = [
-        CARD_MARK,
         f"# {title}",
         NOT_CLINICAL,
         f"A LoRA adapter for SynerMedGen, trained on {base}.",

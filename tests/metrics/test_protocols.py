@@ -306,7 +306,7 @@ def test_a_change_of_definition_is_another_stamp(monkeypatch):
     images = pair(20, 40, 40)
     before = evaluate_case(*images)
     monkeypatch.setattr(protocols, "VERSION", protocols.VERSION + 1)
-    with pytest.raises(ValueError, match="library: 'synermedgen_hf.metrics 1' and 'synermedgen_hf.metrics 2'"):
+    with pytest.raises(ValueError, match="library: 'synermedgen_hf.metrics 2' and 'synermedgen_hf.metrics 3'"):
         check_same_protocol([before, evaluate_case(*images)])
 
 

@@ -205,6 +205,8 @@ class TestWhatIsRefused:
             "ElementDataFile : {secret}\nElementDataFile = LOCAL\n",
             "Comment = a\x0bElementDataFile = LOCAL\nElementDataFile = {secret}\n",
             "ElementDataFile\0 = {secret}\nElementDataFile = LOCAL\n",
+            "ElementDataFile\x1c = LOCAL\nElementDataFile = {secret}\n",
+            "\x0bElementDataFile = LOCAL\nElementDataFile = {secret}\n",
             "dimsize = 9 9 9\nElementDataFile = LOCAL\n",
             "DimSize = 9 9 9\nElementDataFile = LOCAL\n",
         ],
@@ -215,6 +217,12 @@ class TestWhatIsRefused:
         content = (header + lines.format(secret=tmp_path / "secret")).encode()
         message = refused(send(content + b"v" * 9**3, ".mha"))
         assert "cannot be read" in message or "in another file" in message
+
+    def test_a_metaimage_whose_size_goes_on_in_the_next_line(self, send):
+        header = (
+            "ObjectType = Image\nNDims = 3\nDimSize = 9 9\n9 = x\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+        )
+        assert "cannot be read" in refused(send(header.encode() + b"v" * 9**3, ".mha"))
 
     def test_more_bytes_than_are_taken(self, send, scan):
         assert "at most 0 MB" in refused(send(nifti(scan), ".nii"), UploadLimits(file_bytes=1000))

@@ -124,7 +124,8 @@ class PairPool:
         """Of every pair's place, windows and instructions, and of the content of some slices: other data, another."""
         state = hashlib.sha256()
         for route, pairs in self.pairs.items():
-            said = [[pair.case, pair.slices, sorted(pair.instructions.items())] for pair in pairs]
+            asked = (route.source, route.target)
+            said = [[pair.case, pair.slices, pair.instructions[asked]] for pair in pairs]
             state.update(json.dumps([route.name, said]).encode())
         for stored in self.stored:
             state.update(json.dumps([stored.case, stored.modality, stored.window]).encode())

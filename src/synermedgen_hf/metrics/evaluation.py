@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor
 
+from .. import model_source
 from ..data.pairs import PAIR_FEATURES
 from ..data.routes import ROUTES, Route
 from ..data.splits import hash_unit, write_whole
@@ -50,7 +51,7 @@ from .baselines import (
     route_of,
     true_target,
 )
-from .protocols import evaluate_case
+from .protocols import VERSION, evaluate_case
 from .report import draw_strip, keep_pictures, write_report, write_summary
 from .runs import CASES, claim_folder, name_of, read_records
 
@@ -150,7 +151,7 @@ def evaluate(
     processes = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
     # 1. What is asked, checked before any weights are loaded.
-    source = _model_source(model)
+    source = model_source(model)
     needless = {None: (), "ceiling": ("model", "scheduler")}.get(baseline, ("model", "scheduler", "vae"))
     check_folder(source, dict.fromkeys(needless))
     known = network["routes"] if network else []
@@ -188,6 +189,7 @@ def evaluate(
     for target in sorted(targets):
         evaluate_case(blank, blank, protocol=protocol, modality=target)  # says if the two do not go together
     arguments = {
+        "metrics": VERSION,
         **options,
         "state of the data": f"{builder.config_id}-{builder.hash[:16]}",
         "routes": names,
@@ -250,12 +252,6 @@ def _sole_user(output: Path):
         yield
     finally:
         lock.release()
-
-
-def _model_source(model: str | Path | None) -> str | Path:
-    from .. import checkpoint_path  # lazy there
-
-    return model or checkpoint_path()
 
 
 def _open_pairs(options: dict, asked: list[str], known: list[str]) -> tuple[object, list[str]]:
@@ -426,8 +422,6 @@ class Judge:
         wanted = [true_target(self.codec, row) for row in rows]
         masks = [None if row["mask"] is None else np.asarray(row["mask"], bool) for row in rows]
         modality, scale = rows[0]["target_modality"], self.scale(rows[0]["target_modality"])
-        # Released pairs do not say it.
-        spacing = tuple(rows[0]["spacing"][-wanted[0].ndim :]) if all(rows[0]["spacing"]) else None
         for row, prediction in zip(rows, made, strict=True):
             _check_finite(prediction, row)
         if self.level == "volume":
@@ -446,7 +440,7 @@ class Judge:
                     mask=mask,
                     protocol=self.protocol,
                     modality=modality,
-                    spacing=spacing,
+                    spacing=tuple(rows[0]["spacing"][-one.ndim :]),
                     # Slices of MR need the window of their volume; a volume and HU and SUV have their protocol's own.
                     window=scale if self.level == "slice" else None,
                 )

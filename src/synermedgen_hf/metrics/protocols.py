@@ -24,7 +24,7 @@ from .intensity import finite_psnr, mae, mse, rmse
 from .similarity import ms_ssim_synthrad2025, ssim
 
 # Raised when a definition here changes a number: stamps of before and after are then unlike.
-VERSION = 1
+VERSION = 2
 
 UNITS = {"CT": "HU", "CBCT": "HU", "PET": "SUV"}  # MR is in arbitrary units
 PET_RANGE = (0.0, 20.0)  # SUV, the window of the image processor

@@ -285,7 +285,7 @@ def _check_metaimage(start: bytes, limits: UploadLimits):
     header: dict[str, str] = {}
     for line in start.decode("latin-1").split("\n"):
         name, equals, value = line.partition("=")
-        name, value = name.strip(), value.strip()
+        name, value = name.strip(" \t"), value.strip(" \t\r")
         known = METAIMAGE_NAMES.get(name.lower())
         if not equals or not name.isascii() or not name.isprintable() or ":" in name or len(name) > 80:
             raise ValueError(damaged)
@@ -300,7 +300,11 @@ def _check_metaimage(start: bytes, limits: UploadLimits):
     if header.get("ElementNumberOfChannels", "1") != "1":
         raise ValueError("The MetaImage holds several values a voxel: a scan has one.")
     try:
-        shape = tuple(int(side) for side in header["DimSize"].split())
+        sides = header["DimSize"].split(" ")
+        shape = tuple(int(side) for side in sides)
+        # Numbers that are missing here would be read from the next line there.
+        if header["NDims"] != str(len(shape)) or not all(side.isascii() and side.isdigit() for side in sides):
+            raise ValueError
     except (KeyError, ValueError):
         raise ValueError(damaged) from None
     _check_size(shape, 8, limits)
