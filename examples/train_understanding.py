@@ -445,7 +445,7 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if script_args.shuffle_answers:
         train = train.map(partial(shuffle_answer, seed=seed), with_indices=True)
     if script_args.dataset_streaming:
-        # The rows of a case follow one another, and a step of one patient would be a poor step. One case is open at once.
+        # The rows of a case follow one another, and a step of one patient would be a poor step. One case at a time.
         train = train.shuffle(seed=seed, buffer_size=FIRST_ROWS, max_buffer_input_shards=1)
         train = train.repeat(None)  # processes whose streams end at different times would wait for each other
     held_out, callbacks = None, []
