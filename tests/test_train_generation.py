@@ -221,6 +221,7 @@ def test_an_adapter_is_published_where_no_pipeline_is(train, hub, start, tmp_pat
     options = {"max_train_steps": 1, "push_to_hub": True, **LORA}
     train(tmp_path / "adapter", hub_model_id="lab/stage-two-lora", **options)
     pushed = hub.files("lab/stage-two-lora")
+    assert b"Not for clinical use" in pushed["README.md"] and b"Stage II (1 steps)" in pushed["README.md"]
     assert pushed.keys() - {".gitattributes"} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert pushed["adapter_model.safetensors"] == result(tmp_path / "adapter")
     SynerMedGenPipeline.from_pretrained(start).load_lora_weights("lab/stage-two-lora")
@@ -450,6 +451,7 @@ def test_a_folder_that_holds_a_training_is_not_written_over(train, trained):
     [
         ({"lora_rank": 2, "freeze": "none"}, "generation expert alone"),
         ({"latent_cache": "disk"}, "--latent_cache_dir"),
+        ({"latent_cache": "off", "latent_cache_dir": "here"}, "leave out --latent_cache_dir"),
         ({"resume_from_checkpoint": "nowhere"}, "There is no checkpoint nowhere"),
         ({"use_8bit_adam": True, "muon_learning_rate": 0.02}, "two optimizers: choose one"),
         ({"drop_vae": 1.5}, r"probability of vae must be within \[0, 1\]"),

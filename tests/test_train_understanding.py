@@ -433,6 +433,15 @@ def test_evaluation_without_options_to_choose_from_is_of_the_loss_alone(own, row
     assert any("eval_loss" in row for row in history(tmp_path / "out"))
 
 
+def test_answers_in_words_are_judged_where_there_is_nothing_to_choose_from(own, rows, train, tmp_path):
+    rows = [{name: row[name] for name in ("images", "messages", "options", "answer")} for row in rows]
+    in_words = [{**row, "options": []} for row in rows]
+    own(rows[:2] + in_words[2:4], split="validation")
+    train(tmp_path / "out", max_steps=2, eval_strategy="steps", eval_steps=2, **own(rows))
+    (judged,) = [row for row in history(tmp_path / "out") if "eval_accuracy/questions" in row]
+    assert judged["eval_accuracy/questions"] in {0, 25, 50, 75, 100}
+
+
 def test_gradient_checkpointing_gives_the_same_losses(train, trained, tmp_path, monkeypatch):
     calls, attend = [], SynerMedGenAttention.attend
     monkeypatch.setattr(SynerMedGenAttention, "attend", lambda *args, **kw: calls.append(1) or attend(*args, **kw))
@@ -640,6 +649,25 @@ def test_a_model_without_generation_expert_is_trained_where_that_is_allowed(trai
     assert again.model.config.missing_parts == ["generation"]
 
 
+def test_what_would_stay_random_is_refused(train, start, tmp_path):
+    base = without(start, tmp_path / "base", lambda name: part_of(name) == "vision")
+    options = {"model_name_or_path": base, "allow_missing": PART_PATTERNS["vision"], "freeze_vision": True}
+    with pytest.raises(SystemExit, match="came without its vision weights"):
+        train(tmp_path / "out", **options, **BRIEF)
+
+
+def test_other_weights_are_noticed_when_a_training_goes_on(train, trained, start, tmp_path):
+    folder = killed(trained, tmp_path / "out", keep=2)
+    shutil.copytree(start, tmp_path / "start")
+    tensors = load_file(tmp_path / "start" / WEIGHTS)
+    tensors["model.language_model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "start" / WEIGHTS, metadata={"format": "pt"})
+    options = {"model_name_or_path": tmp_path / "start", "resume_from_checkpoint": folder / "checkpoint-2"}
+    for output in (folder, tmp_path / "elsewhere"):
+        with pytest.raises(SystemExit, match="started from other weights"):
+            train(output, **options)
+
+
 def test_a_training_of_nothing_is_refused(script, train, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "part_of", lambda name: "generation")
     with pytest.raises(SystemExit, match="Nothing would be trained: every parameter is frozen"):
@@ -715,6 +743,8 @@ def test_an_adapter_is_published(train, hub, tmp_path):
     train(tmp_path / "out", push_to_hub=True, hub_model_id="lab/stage-one-lora", **{**LORA, **BRIEF})
     api = HfApi(endpoint=hub.url, token=hub.token)
     assert "adapter_model.safetensors" in api.list_repo_files("lab/stage-one-lora")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not for clinical use" in card and "Stage I (CTS, TIA) on SynthRAD2023, 2 steps." in card
 
 
 def arguments_of(recipe):

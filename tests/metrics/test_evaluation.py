@@ -306,6 +306,7 @@ def test_brats_scales_a_volume_by_its_own_percentiles(tmp_path):
     options = {"level": "volume", "protocol": "brats", "routes": ["T1-T2"], "baseline": "copy"}
     evaluate(tmp_path / "run", **scans, **options)
     (record,) = records_of(tmp_path / "run")
+    assert record["protocol"]["scale"] == [0, 1000]  # errors in arbitrary units are of it
     rows = [row for row in load_dataset("synermed", streaming=True, **scans) if row["target_modality"] == "T2"]
     wanted = np.stack([np.asarray(row["target_image"]) for row in rows if row["source_modality"] == "T1"])
     low, high = np.percentile(wanted[wanted > 0], [0.5, 99.5])

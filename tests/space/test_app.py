@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -120,6 +121,16 @@ def test_a_reference_that_cannot_be_read_is_said_before_any_work(app, scan, tmp_
     monkeypatch.setattr(app.pipe, "synthesise_batch", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="web page"):
         made(app, scan, reference=(str(tmp_path / "reference.png"), "CT"))
+
+
+def test_a_reference_of_another_place_is_refused(app, scan, tmp_path, monkeypatch):
+    image = nibabel.load(scan)
+    elsewhere = image.affine.copy()
+    elsewhere[:3, 3] += 5000
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), elsewhere), tmp_path / "reference.nii.gz")
+    monkeypatch.setattr(app.pipe, "synthesise_batch", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="shares 0% of its extent with the scan"):
+        made(app, scan, reference=(str(tmp_path / "reference.nii.gz"), "CT"))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
