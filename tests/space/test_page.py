@@ -6,6 +6,7 @@ Needs Debian's `chromium` and `chromium-driver` (or whatever selenium finds). Sc
 
 import os
 import re
+import re
 import shutil
 import time
 import zipfile
@@ -162,8 +163,9 @@ def model_is_free(space, scan):
     assert time.monotonic() - begin < 30
 
 
-def test_from_the_upload_to_the_volume(visit, scan):
-    page = visit()
+@pytest.mark.parametrize("width, height", [(1440, 1000), (390, 844)], ids=["desk", "phone"])
+def test_from_the_upload_to_the_volume(visit, scan, width, height):
+    page = visit(width, height)
     page.upload("#scan", scan)
     page.wait(lambda: "40 × 48 × 5" in page.text(".seen"), "the scan to be read")
     page.choose("#source", "MRI")
@@ -174,7 +176,7 @@ def test_from_the_upload_to_the_volume(visit, scan):
     page.click("#start")
     page.wait(lambda: "Done" in page.text("#progress"), "the synthesis")
     page.wait(lambda: page.all("#pictures img"), "the pictures")
-    page.shoot("desk")
+    page.shoot(f"upload-{width}")
     assert "Synthetic CT" in page.text("#values") and "HU" in page.text("#values")
 
     # Scrub: other values, and another picture.
@@ -195,6 +197,40 @@ def test_from_the_upload_to_the_volume(visit, scan):
     assert made.get_fdata().min() == -1024 and made.get_fdata()[20, 24, 2] > -1024
     severe = [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [entry for entry in severe if "favicon" not in entry["message"]]
+
+
+def test_several_targets_at_once_and_the_values_under_the_pointer(visit, scan):
+    page = visit()
+    page.upload("#scan", scan)
+    page.wait(lambda: "×" in page.text(".seen"), "the scan to be read")
+    page.choose("#source", "T1-weighted MRI")
+    page.wait(lambda: len(page.all("#targets label")) == 3, "three targets")
+    wanted = [label.text for label in page.all("#targets label")][:2]
+    for place in (1, 2):
+        if not page.one(f"#targets label:nth-of-type({place}) input").is_selected():
+            page.click(f"#targets label:nth-of-type({place})")
+    page.click("#advanced button.label-wrap")
+    page.fill("#steps", 1)
+    page.click("#start")
+    page.wait(lambda: "Done" in page.text("#progress"), "both syntheses")
+    assert [label.text for label in page.all("#shown label")] == wanted
+    before = page.text("#values")
+    page.pick("#shown", wanted[1])
+    page.wait(lambda: page.text("#values") != before, "the values of the second")
+
+    def point_at(share):
+        picture = page.one("#pictures img")
+        aside = int((share - 0.5) * picture.size["width"])
+        ActionChains(page.driver).move_to_element_with_offset(picture, aside, 0).perform()
+
+    places = set()
+    for share in (0.3, 0.4):
+        point_at(share)
+        places.add(page.wait(lambda: re.search(r"row \d+, column \d+", page.text("#values")), "a place").group())
+        time.sleep(1)
+        places.add(re.search(r"row \d+, column \d+", page.text("#values")).group())
+    assert len(places) > 1
+    page.shoot("two-targets")
 
 
 def test_the_spread_of_seeds_and_a_derived_series(visit, series, tmp_path):
