@@ -6,7 +6,6 @@ Needs Debian's `chromium` and `chromium-driver` (or whatever selenium finds). Sc
 
 import os
 import re
-import re
 import shutil
 import time
 import zipfile
