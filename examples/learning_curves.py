@@ -32,7 +32,7 @@ def draw_base(axes, folder: Path):
         axes.plot(*zip(*means, strict=True), label=name)
         done += rows[-1]["step"]
     axes.set(title="Base: loss of each training", xlabel="step", yscale="log")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize="small")
 
 
 def draw_understanding(axes, folder: Path):
@@ -54,7 +54,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="training/ beside the weights")
     folder = parser.parse_args(argv).folder
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for panel, draw in zip(axes, (draw_base, draw_understanding, draw_generation), strict=True):
         draw(panel, folder)
         panel.grid(alpha=0.3)

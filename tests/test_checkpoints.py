@@ -20,15 +20,21 @@ def bundled():
     return pipe
 
 
-@pytest.fixture(scope="module")
-def evaluation():
-    return json.loads((FOLDER / "training" / "evaluation.json").read_text())
+def recorded(name):
+    """What is kept beside the weights of how they were made and judged."""
+    return json.loads((FOLDER / "training" / name).read_text())
+
+
+def table_row(first):
+    """The cells of the README's line that begins so."""
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
 def test_they_take_at_most_16_mb_and_no_pickle():
-    weights = [path for path in FOLDER.rglob("*") if path.stat().st_size > 200_000]
-    assert {path.suffix for path in weights} == {".safetensors"}
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) <= 16_000_000
+    large = [path for path in FOLDER.rglob("*") if path.stat().st_size > 200_000]
+    assert {path.suffix for path in large} == {".safetensors"}
+    assert sum(path.stat().st_size for path in large) <= 16_000_000
 
 
 def test_they_say_what_they_are(bundled):
@@ -37,28 +43,39 @@ def test_they_say_what_they_are(bundled):
     assert "Not for clinical use" in README
 
 
-def test_they_know_22_routes_and_no_understanding_task_yet(bundled):
+def test_they_know_22_routes_and_three_tasks(bundled):
     assert bundled.model.config.trained_routes == [route.name for route in ROUTES] and len(ROUTES) == 22
-    with pytest.raises(ValueError, match="Stage I"):
-        bundled.identify(np.ones((64, 64), np.float32))
+    assert bundled.model.config.trained_tasks == ["CTS", "TIA", "MI"]
 
 
 def test_how_they_were_trained_is_kept_beside_them():
     for stage in ("vae", "generation"):
         steps = [json.loads(line)["step"] for line in (FOLDER / "training" / f"{stage}_log.jsonl").open()]
-        arguments = json.loads((FOLDER / "training" / f"{stage}_args.json").read_text())
-        assert steps == sorted(set(steps)) and steps[-1] == arguments["max_train_steps"]
+        assert steps == sorted(set(steps)) and steps[-1] == recorded(f"{stage}_args.json")["max_train_steps"]
+    base = [json.loads(line) for line in (FOLDER / "training" / "base_log.jsonl").open()]
+    assert {"eyes", "places", "letters", "names", "changes"} <= {row["training"] for row in base}
+    state = recorded("understanding_state.json")
+    assert state["global_step"] == state["max_steps"]
+    assert any("eval_accuracy/CTS" in row for row in state["log_history"])
 
 
-def test_the_readme_states_the_evaluation(evaluation):
-    for row in [*evaluation["routes"], {"route": "mean", **evaluation["mean"]}]:
-        cells = [row["route"], *(f"{row[key]:.1f}" for key in ("ssim", "copy", "ceiling"))]
-        assert [cells] == [
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in README.splitlines()
-            if line.startswith(f"| {row['route']} ")
-        ]
-    assert f"{evaluation['routes_above_copy']} of 22" in README
+def test_the_readme_states_how_they_answer():
+    for task, found in recorded("understanding.json")["tasks"].items():
+        low, high = found["likelihood"]["interval"]
+        accuracy = f"{100 * found['likelihood']['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+        assert table_row(task)[:3] == [str(found["n"]), f"{100 * found['chance']:.1f}", accuracy]
+
+
+def test_the_readme_states_how_they_synthesise():
+    for route, record in recorded("evaluation/summary.json")["routes"].items():
+        assert table_row(route)[1].split(" / ")[0] == f"{100 * record['metrics']['ssim_u8_frame']['mean']:.1f}"
+
+
+@pytest.mark.parametrize("modality", ["CT", "MRI"])
+def test_they_name_a_modality(bundled, modality):
+    case = simulate_case("pelvis", "synthrad", seed=2_000_100, num_slices=3)
+    found = bundled.identify(case.images[modality][1])
+    assert found["modality"] == modality and found["probability"] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -281,10 +281,17 @@ def test_only_a_card_of_ours_may_be_replaced(card):
     assert not may_replace_card(str(card).replace(CARD_MARK, ""))
 
 
-def test_the_bundled_checkpoint_makes_a_valid_card(hub, intensity):
+def test_the_bundled_checkpoint_makes_a_valid_card_of_its_evaluation(hub, intensity):
     folder = checkpoint_path("synermedgen-tiny")
-    card = make_model_card(SynerMedGenConfig.from_pretrained(folder / "model"), intensity, folder.name)
+    config = SynerMedGenConfig.from_pretrained(folder / "model")
+    evaluation = folder / "training" / "evaluation" / "summary.json"
+    card = make_model_card(config, intensity, folder.name, evaluation=evaluation)
     card.validate()
+    routes = json.loads(evaluation.read_text())["routes"]
+    assert {result.dataset_config for result in card.data.eval_results} == set(routes) == set(config.trained_routes)
+    assert all(result.metric_value is not None for result in card.data.eval_results)
+    shown = rows(section(card, "Evaluation"))
+    assert {line[0] for line in shown} == {*routes, "route"}
     assert "Demonstration" in section(card, "synermedgen-tiny")
 
 

@@ -43,6 +43,7 @@ BANDS = {
 CODECS = ("plain", "bands")
 _BAND_REACH = 0.05  # of [-1, 1], beyond a band's ends: the first channel may err by so much and still be corrected
 SMALLEST_SIDE = 8  # pixels
+ONLY_HOUNSFIELD = -500.0  # values below it are HU
 _NOT_PICTURES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".dcm")
 
 
@@ -223,7 +224,7 @@ def picture_pixels(picture: Image.Image, size: dict[str, int]) -> torch.Tensor:
 
 
 def own_window(image: Any) -> tuple[float, float] | None:
-    """The window of an image whose modality is not known: the full range of a grey picture, an array's own range.
+    """The window of an image whose modality is not known: the full range of a grey picture, or [`guess_window`].
 
     With a window, an image is padded to a square as it is in synthesis. `None` for other pictures, perhaps in colour,
     which are welcome where nothing is synthesised.
@@ -231,8 +232,24 @@ def own_window(image: Any) -> tuple[float, float] | None:
     if isinstance(image, Image.Image) and image.mode != "F":
         return (0.0, 255.0) if image.mode == "L" else None
     array, is_picture = load_slice(image)
-    low, high = float(array.min()), float(array.max())
-    return None if is_picture else (low, high if low < high else low + 1)
+    return None if is_picture else guess_window(array)
+
+
+def guess_window(array: np.ndarray) -> tuple[float, float]:
+    """The lowest and highest value that training would show of a scan of which only the values are known.
+
+    They tell the unit: only Hounsfield units go so far below zero, what ends between 1 and 20 is taken for SUV, and
+    anything else is the signal of an MR.
+
+    Args:
+        array (`np.ndarray`): scanner units, of a slice or, better, of its whole volume.
+    """
+    processor = SynerMedGenImageProcessor()  # as training measures windows, whatever a checkpoint's are
+    if array.min() < ONLY_HOUNSFIELD:
+        return processor.intensity_window(array, "CT")
+    low, high = processor.intensity_window(array, "MRI")
+    suv = processor.intensity_window(array, "PET")
+    return suv if 1 < high <= suv[1] else (low, high)
 
 
 def to_display(
@@ -791,6 +808,7 @@ __all__ = [
     "SliceInputs",
     "SynerMedGenImageProcessor",
     "from_channels",
+    "guess_window",
     "load_slice",
     "own_window",
     "patchify",

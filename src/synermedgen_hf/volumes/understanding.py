@@ -6,8 +6,8 @@ square pixels. A scan that is shown to them otherwise is a scan of a kind they h
 
 from PIL import Image
 
-from ..image_processing_synermedgen import SynerMedGenImageProcessor, to_display
-from .reading import AXES, BODY_ABOVE, Volume, check_finite, slice_spacing, slices_of, stack_axis
+from ..image_processing_synermedgen import SynerMedGenImageProcessor, guess_window, to_display
+from .reading import AXES, Volume, check_finite, slice_spacing, slices_of, stack_axis
 
 
 def region_axis(volume: Volume, region: str | None = None) -> str:
@@ -26,19 +26,13 @@ def region_axis(volume: Volume, region: str | None = None) -> str:
 
 def shown_window(volume: Volume) -> tuple[float, float]:
     """
-    The lowest and highest value that training would show of a scan: those of its modality where the file says it.
-
-    Otherwise the values tell the unit: only Hounsfield units go so far below zero, what ends between 1 and 20 is taken
-    for SUV, and anything else is the signal of an MR.
+    The lowest and highest value that training would show of a scan: those of its modality where the file says it, else
+    those that its values tell.
     """
-    processor = SynerMedGenImageProcessor()  # as training measures windows, whatever a checkpoint's are
-    if volume.modality is not None:
-        return processor.intensity_window(volume.array, volume.modality)
-    if volume.array.min() < BODY_ABOVE["CT"]:
-        return processor.intensity_window(volume.array, "CT")
-    low, high = processor.intensity_window(volume.array, "MRI")
-    suv = processor.intensity_window(volume.array, "PET")
-    return suv if 1 < high <= suv[1] else (low, high)
+    if volume.modality is None:
+        return guess_window(volume.array)
+    # As training measures windows, whatever a checkpoint's are.
+    return SynerMedGenImageProcessor().intensity_window(volume.array, volume.modality)
 
 
 def understanding_slice(volume: Volume, axis: str, window: tuple[float, float] | None = None) -> Image.Image:
