@@ -158,6 +158,7 @@ def test_several_scans_are_called_as_the_question_calls_them(app, app_module, sc
     monkeypatch.setattr(app.pipe, "answer", lambda images, question, labels: called.append(labels) or "")
     letters, numbers, candidates = app_module.LABELS
     three = [str(scan)] * 3
+    app.config.label_images = False
     app.answer(three, "Which?", "brain", numbers)
     app.config.label_images = True  # as weights say that were trained so
     for labels in (None, letters, numbers, candidates):
