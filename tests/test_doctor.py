@@ -58,7 +58,7 @@ def test_a_checkpoint_is_described_as_it_is():
     assert found["sampling"].items() >= config["sampling"].items()
     scheduler = json.loads((checkpoint_path() / "scheduler" / "scheduler_config.json").read_text())
     assert found["sampling"]["timestep_shift"] == scheduler["shift"]
-    assert found["training_data"].startswith("Slices of 800 simulated patients")
+    assert found["training_data"].startswith("Stage I (CTS, TIA, MI) on questions about 240 simulated patients")
     assert found["intensity"]["CT"]["unit"] == "HU"
     tensors = [
         tensor
@@ -83,11 +83,11 @@ def test_a_repository_on_the_hub_is_described_without_its_weights(hub):
 def test_the_description_in_words():
     done = run("info")
     assert done.exit_code == 0
-    for said in ("synermedgen-tiny", "trained on simulated scans", "apache-2.0", "Slices of 800", "7.67 M parameters"):
+    for said in ("synermedgen-tiny", "trained on simulated scans", "apache-2.0", "slices of 800", "7.98 M parameters"):
         assert said in done.stdout
     for said in ("4 steps", "whole-body  CT-PET, PET-CT", "| CT | HU | -1024 to 3071 |", "Not for clinical use"):
         assert said in done.stdout
-    assert "nothing yet: it does not identify modalities" in done.stdout
+    assert "understands    CTS, TIA, MI" in done.stdout
     assert run("info", "synermedgen-tiny").stdout == run("info", checkpoint_path()).stdout == done.stdout
 
 
@@ -104,6 +104,8 @@ def test_a_checkpoint_without_parts_and_without_a_card_says_so(checkpoint):
     for words in ("licence        not stated", "training data  not stated", "missing        generation weights"):
         assert words in said
     assert "understands    CTS, MI" in said and "not recorded which routes" in said
+    edit_json(checkpoint / "model" / "config.json", trained_tasks=[])
+    assert "nothing yet: it does not identify modalities" in info_text(describe_checkpoint(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -236,11 +238,11 @@ def test_weights_larger_than_the_memory_are_not_loaded(checkpoint, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10_000_000))
     found = examine(checkpoint, device="cpu")
     assert "load_report" not in found["checkpoint"] and "self_test" not in found
-    assert "The weights take 15.3 MB, and cpu has 10.0 MB free" in found["problems"][0]
+    assert "The weights take 16.0 MB, and cpu has 10.0 MB free" in found["problems"][0]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=20_000_000))
     found = examine(checkpoint, device="cpu")
     assert found["problems"] == [] and "bfloat16" in found["checkpoint"]["load_report"]
-    assert any("use --dtype bfloat16, 15.3 MB" in sentence for sentence in found["advice"])
+    assert any("use --dtype bfloat16, 16.0 MB" in sentence for sentence in found["advice"])
 
 
 def test_a_test_that_would_take_too_long_is_not_made(monkeypatch):
