@@ -306,9 +306,10 @@ class TrainingStep:
     """Forward and backward of 8 samples: [VAE 256+2][ViT 324+2][text 32+2], target 256+2."""
 
     ROWS = 8
+    GENERATION, UNDERSTANDING = 512, 364  # tokens of a sample
 
     def __init__(self, device: str = "cpu", **widths: int):
-        self.device, self.model = device, make_pipeline(**widths).model.to(device)
+        self.model = make_pipeline(**widths).model.to(device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(part_of(name) == "generation")
         blocks = [ImageBlock("latent", LATENT_GRID), ImageBlock("image", VIT_GRID), TextBlock(list(range(TEXT)))]
@@ -335,12 +336,12 @@ class TrainingStep:
         Of the matrix products of both experts and of attention: forward, and backward through the generation expert
         twice as many. The ViT, norms and rotations are left out.
         """
-        text, (tokens, understanding) = self.model.config.text_config, (512, 364)
+        text, length = self.model.config.text_config, self.GENERATION + self.UNDERSTANDING
         head = text.hidden_size // text.num_attention_heads
         attention = text.hidden_size * (2 * text.hidden_size + 2 * head * text.num_key_value_heads)
         expert = attention + 3 * text.hidden_size * text.intermediate_size
-        products = 2 * expert * (3 * tokens + understanding)
-        attended = 3 * 4 * (tokens + understanding) ** 2 * text.hidden_size
+        products = 2 * expert * (3 * self.GENERATION + self.UNDERSTANDING)
+        attended = 4 * length * (length + 2 * self.GENERATION) * text.hidden_size
         return self.ROWS * text.num_hidden_layers * (products + attended)
 
     def kept_mb(self, detach: bool) -> float:
@@ -364,8 +365,7 @@ class IdealTrainingStep(Ideal):
     inputs and weights, and attention of all tokens to all tokens, forward and backward, without a mask.
     """
 
-    ROWS = TrainingStep.ROWS
-    GENERATION, UNDERSTANDING = 512, 364  # tokens of a sample
+    ROWS, GENERATION, UNDERSTANDING = TrainingStep.ROWS, TrainingStep.GENERATION, TrainingStep.UNDERSTANDING
 
     def __init__(self):
         super().__init__(guided=False)

@@ -300,7 +300,7 @@ def _check_metaimage(start: bytes, limits: UploadLimits):
     if header.get("ElementNumberOfChannels", "1") != "1":
         raise ValueError("The MetaImage holds several values a voxel: a scan has one.")
     try:
-        sides = header["DimSize"].split(" ")
+        sides = [side for side in header["DimSize"].split(" ") if side]
         shape = tuple(int(side) for side in sides)
         # Numbers that are missing here would be read from the next line there.
         if header["NDims"] != str(len(shape)) or not all(side.isascii() and side.isdigit() for side in sides):
