@@ -31,6 +31,7 @@ from synermedgen_hf.metrics.statistics import correct_p_values, interval_of_mean
 REPORT, CURVES, CONFIG = "report.md", "curves.png", "config.json"
 SEEDS_WANTED = 3
 NAMES = {
+    "untaught": "nothing, nor what the base has been taught",
     "none": "nothing",
     "vqa": "ordinary questions (vqa)",
     "all": "CTS + MI + TIA",
@@ -63,7 +64,10 @@ class Comparison:
     second: str
 
 
-STAGE_TWO = tuple(Comparison("all", other) for other in ("none", "vqa", "no-cts", "no-mi", "no-tia", "random"))
+STAGE_TWO = (
+    *(Comparison("all", other) for other in ("untaught", "none", "vqa", "no-cts", "no-mi", "no-tia", "random")),
+    Comparison("none", "untaught"),
+)
 ZERO_SHOT = (Comparison("all", "none"), Comparison("vqa", "none"), Comparison("all", "vqa"))
 
 

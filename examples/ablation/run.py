@@ -41,6 +41,7 @@ EXAMPLES = HERE.parent
 TASKS = ("CTS", "TIA", "MI")
 # Arm to the tasks of its Stage I, and the wrong candidates of CTS where they are not the recipe's.
 ARMS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "untaught": ((), None),  # without Stage I like "none", and without what the base has been taught
     "none": ((), None),
     "vqa": (("VQA",), None),
     "all": (TASKS, None),
@@ -60,8 +61,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--base", type=Path, required=True, help="pipeline that all arms start from, of examples/pretrain_tiny.py")
     add("--output_dir", type=Path, required=True)
+    add("--untaught", type=Path, help="pipeline that the base was trained from: a further arm starts from it")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--arms", nargs="+", choices=ARMS, help="by default all that can be had")
     add("--no_zero_shot", action="store_true", help="leave out the base of general edits and what follows from it")
     add("--stage1_recipe", type=Path, default=EXAMPLES / "recipes" / "understanding_tiny.yaml")
     add("--stage2_recipe", type=Path, default=EXAMPLES / "recipes" / "generation_tiny.yaml")
@@ -76,7 +78,11 @@ def parse_args(argv=None):
     add("--protocol", default="synthrad2023", choices=PROTOCOLS, help="of the evaluation")
     add("--batch_size", type=int, default=16, help="of the evaluation")
     add("--plan", action="store_true", help="say what would be done, and stop")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.arms = args.arms or [arm for arm in ARMS if args.untaught or arm != "untaught"]
+    if "untaught" in args.arms and not args.untaught:
+        parser.error("the arm 'untaught' needs --untaught, the pipeline that the base was trained from.")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ def make_steps(args) -> list[Step]:
             (tasks, negatives), here = ARMS[arm], output / f"seed{seed}" / arm
 
             # 2. Stage I, and what it taught.
-            start = args.base
+            start = args.untaught if arm == "untaught" else args.base
             if tasks:
                 options = ["--config", args.stage1_recipe, "--model_name_or_path", start]
                 options += ["--seed", seed, "--data_seed", seed]

@@ -70,6 +70,9 @@ LABELS = {
 }
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 AT_ONCE = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+# Values as the browser sends them: what a page shows may be older than what has just been offered to it, and gradio
+# would refuse a choice that is no longer offered.
+AS_SENT = {"preprocess": False}
 
 
 def load_pipeline() -> SynerMedGenPipeline:
@@ -255,9 +258,9 @@ class App:
         recognised = recognised if recognised in self.sources() else None
         return preview, f"<p class=seen>{'; '.join(map(html.escape, lines))}.</p>", (scan, recognised)
 
-    def settle(self, scan: str | None, source: str | None, region: str | None, targets: list[str], found: tuple):
+    def settle(self, scan: dict | None, source: str | None, region: str | None, targets: list[str], found: tuple):
         """A source that is not known is what was found; what is known, or was chosen meanwhile, stays."""
-        source = source or (found[1] if found[0] == scan else None)
+        source = source or (found[1] if scan and found[0] == scan["path"] else None)
         return source, self.offer(source, region, targets)
 
     def forget_the_scan(self):
@@ -417,6 +420,7 @@ class App:
     def choose(self, target: str, request: gr.Request):
         """Another target: its views and windows."""
         result = self.result_of(request)
+        target, _ = result.nearest(target)
         made, source, views = result.made[target], result.source, result.views(target)
         return (
             gr.Radio(choices=views, value=views[0]),
@@ -429,19 +433,17 @@ class App:
     def paint(self, target, view, index, source_window, target_window, request: gr.Request):
         """The slice under the slider, and its values."""
         result = self.result_of(request)
-        if target not in result.made:
-            target = next(iter(result.made))
-        index = min(int(index), len(result.source.slices) - 1)
+        target, index = result.nearest(target, index)
         view = view if view in result.views(target) else result.views(target)[0]
         return pair(result, target, view, index, source_window, target_window), table(result, target, index)
 
     def point(self, target, index, event: gr.EventData, request: gr.Request):
         """Values under the pointer."""
         result = self.results.get(request.session_hash)
-        if result is None or target not in result.made:
+        if result is None:
             return gr.skip()
         x, y = (min(max(float(share), 0.0), 1.0) for share in event._data["at"])
-        return table(result, target, min(int(index), len(result.source.slices) - 1), (x, y))
+        return table(result, *result.nearest(target, index), (x, y))
 
     def forget(self, request: gr.Request):
         self.results.drop(request.session_hash)
@@ -451,10 +453,8 @@ class App:
     def write(self, form, target, index, keep_tags, request: gr.Request):
         """Files of what is looked at, each with its side-car; none carries a tag of the patient unless asked."""
         result = self.result_of(request)
-        if target not in result.made:
-            return gr.skip()
         with mistakes_told():
-            return self.files(result, form, target, int(index), bool(keep_tags))
+            return self.files(result, form, *result.nearest(target, index), bool(keep_tags))
 
     def write_picture(self, form, target, index, keep_tags, request: gr.Request):
         """Another slice: only the file of a single slice has to be written again."""
@@ -742,11 +742,11 @@ class App:
         cleared = scan.clear(self.forget_the_scan, None, known[1:], **AT_ONCE).then(
             self.look_at, heard, looked, **private
         )
-        gr.on([source.input, region.input], self.offer, [source, region, targets], targets, **AT_ONCE)
+        gr.on([source.input, region.input], self.offer, [source, region, targets], targets, **AT_ONCE, **AS_SENT)
         # Scans of another region are cut along another axis.
         cut = region.input(self.look_at, heard, looked, trigger_mode="always_last", **queued)
         for seen_now in (uploaded, cleared, cut):
-            seen_now.success(self.settle, [*heard, targets, found], settled, **AT_ONCE)
+            seen_now.success(self.settle, [*heard, targets, found], settled, **AT_ONCE, **AS_SENT)
 
         settings = [scan, targets, source, region, steps, guidance, image_guidance, seed, samples]
         inputs = [*settings, reference, reference_target]
@@ -756,20 +756,19 @@ class App:
 
         painted = [shown, view, index, source_window, target_window]
         taken = [form, shown, index, keep_tags]
+        look, take = AT_ONCE | AS_SENT, private | AS_SENT
         shown_now = running.success(self.show, None, [shown, index, looking, empty], **AT_ONCE)
-        shown_now = shown_now.success(self.choose, shown, [view, source_window, target_window], **AT_ONCE)
-        shown_now = shown_now.success(self.paint, painted, [pictures, values], **AT_ONCE)
-        shown_now.success(self.write, taken, files, **private)
-        shown.input(self.choose, shown, [view, source_window, target_window], **AT_ONCE).success(
-            self.paint, painted, [pictures, values], **AT_ONCE
-        ).success(self.write, taken, files, **private)
-        gr.on(
-            [view.input, source_window.input, target_window.input], self.paint, painted, [pictures, values], **AT_ONCE
-        )
-        index.change(self.paint, painted, [pictures, values], **AT_ONCE)
-        pointer.point(self.point, [shown, index], values, **AT_ONCE)
-        gr.on([form.input, keep_tags.input], self.write, taken, files, **private)
-        index.change(self.write_picture, taken, files, **AT_ONCE)
+        shown_now = shown_now.success(self.choose, shown, [view, source_window, target_window], **look)
+        shown_now = shown_now.success(self.paint, painted, [pictures, values], **look)
+        shown_now.success(self.write, taken, files, **take)
+        shown.input(self.choose, shown, [view, source_window, target_window], **look).success(
+            self.paint, painted, [pictures, values], **look
+        ).success(self.write, taken, files, **take)
+        gr.on([view.input, source_window.input, target_window.input], self.paint, painted, [pictures, values], **look)
+        index.change(self.paint, painted, [pictures, values], **look)
+        pointer.point(self.point, [shown, index], values, **look)
+        gr.on([form.input, keep_tags.input], self.write, taken, files, **take)
+        index.change(self.write_picture, taken, files, **look)
 
         with gr.Group(visible=False):  # the same for programs, one target a call
             target = gr.Dropdown([(name, name) for name in MODALITIES], label="target")

@@ -84,6 +84,12 @@ class Result:
         layers = [self.source, self.reference, *self.made.values(), *self.spread.values()]
         return sum(layer.slices.nbytes for layer in layers if layer is not None)
 
+    def nearest(self, target: str, index: float = 0) -> tuple[str, int]:
+        """What there is of what a page asks for, which may still show the result before: a target and a slice."""
+        if target not in self.made:
+            target = next(iter(self.made))
+        return target, min(max(int(index), 0), len(self.source.slices) - 1)
+
     def views(self, target: str) -> list[str]:
         """What can lie under the slider for a target."""
         views = ["Source and synthesis"]

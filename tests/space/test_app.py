@@ -43,7 +43,7 @@ def test_what_is_known_of_a_scan_outweighs_what_the_model_sees(app, scan, monkey
     sees(app, monkeypatch, "CT")
     _, seen, found = app.look_at(str(scan), None, "brain")
     assert found == (str(scan), "CT") and "model sees CT (90% sure)" in seen
-    settled = [str(scan), "MRI", "brain", []]
+    settled = [{"path": str(scan)}, "MRI", "brain", []]
     assert app.settle(*settled, found)[0] == "MRI"  # an example's, or chosen while the model looked
     settled[1] = None
     assert app.settle(*settled, found)[0] == "CT"

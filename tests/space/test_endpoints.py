@@ -5,6 +5,7 @@ import threading
 import time
 import zipfile
 
+import httpx
 import nibabel
 import numpy as np
 import pytest
@@ -167,3 +168,63 @@ def test_a_picture_as_pet(client, tmp_path):
     call = {**QUICK, "source": "CT", "target": "PET", "region": "whole-body"}
     picture, _, record = client.predict(scan=handle_file(tmp_path / "ct.png"), **call)
     assert record["axis"] == "axial" and Image.open(picture).size == (48, 64)
+
+
+class Tab:
+    """A browser's tab, in which the server remembers what is offered to it; events go by element and name."""
+
+    def __init__(self, address: str, session: str):
+        self.http, self.session = httpx.Client(base_url=f"{address}/gradio_api", timeout=120), session
+        config = httpx.get(f"{address}/config").json()
+        self.parts = {part["id"]: part["props"] for part in config["components"]}
+        self.events = config["dependencies"]
+
+    def find(self, function: str) -> dict:
+        """The first event that calls this function of the app."""
+        return next(event for event in self.events if event["api_name"] == function)
+
+    def send(self, function: str, **values) -> list:
+        """What the page would send, with values by element; others have the value that they begin with."""
+        event = self.find(function)
+        inputs = [self.parts[part] for part in event["inputs"]]
+        data = [values.get(props.get("elem_id"), props.get("value")) for props in inputs]
+        body = {"fn_index": event["id"], "data": data, "session_hash": self.session}
+        if not event["queue"]:
+            answer = self.http.post("/run/predict", json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["data"]
+        self.http.post("/queue/join", json=body).raise_for_status()
+        with self.http.stream("GET", "/queue/data", params={"session_hash": self.session}) as lines:
+            for line in lines.iter_lines():
+                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if told.get("msg") == "process_completed":
+                    assert told["success"], told
+                    return told["output"]["data"]
+        raise AssertionError("The server ended the connection before it was done.")
+
+
+def test_a_target_that_was_chosen_before_the_source_is_left_out(space):
+    """The tab sends what it shows, which may be older than what the server has offered since."""
+    tab = Tab(space["address"], "stale-target")
+    (offered,) = tab.send("offer", source="MRI", region="brain", targets=[])
+    assert offered["value"] == ["CT"]
+    (offered,) = tab.send("offer", source="CT", region="brain", targets=["T1", "CBCT"])
+    assert offered["value"] == ["CBCT"]
+    _, offered = tab.send("settle", source="MRI", region="brain", targets=["CBCT"])
+    assert offered["value"] == ["CT"]
+
+
+def test_a_slice_of_the_result_before_is_no_error(space, scan):
+    """While a new result is being shown, the tab may still send target, slice, view and windows of the last one."""
+    tab = Tab(space["address"], "stale-view")
+    with open(scan, "rb") as file:
+        (path,) = tab.http.post("/upload", files={"files": file}).json()
+    given = {"path": path, "orig_name": scan.name, "meta": {"_type": "gradio.FileData"}}
+    tab.send("offer", source="MRI", region="brain", targets=[])
+    tab.send("run", scan=given, source="MRI", region="brain", targets=["CT"], steps=1)
+    tab.send("show")
+    tab.send("choose", shown="CT")
+    old = {"shown": "T2", "view": "Difference", "slice": 400, "source-window": "lung", "target-window": "brain"}
+    picture, values = tab.send("paint", **old)
+    assert picture and "HU" in values
+    assert tab.send("write", **old, form="NIfTI", **{"keep-tags": False})
