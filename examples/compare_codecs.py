@@ -136,7 +136,8 @@ def main(args):
         settings += ["--train_batch_size", args.train_batch_size, "--max_train_steps", args.max_train_steps]
         settings += ["--checkpointing_steps", args.max_train_steps, "--mixed_precision", "no", "--seed", args.seed]
         settings += ["--resume_from_checkpoint", "latest"]  # a codec that is trained already is not trained again
-        vae = train(parse_training_args([str(one) for one in settings]), data, Accelerator(mixed_precision="no"))
+        args_of_training = parse_training_args([str(one) for one in settings])
+        vae = train(args_of_training, data, image_processor, Accelerator(mixed_precision="no"))
         results[codec] = measure(vae.cpu(), image_processor, held_out)
     told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_whole(

@@ -101,6 +101,13 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def windows_of(vae: Path) -> dict:
+    """The windows that an autoencoder was trained on: in others it would be fed what it has never seen."""
+    if not (vae / "preprocessor_config.json").exists():
+        raise SystemExit(f"{vae} has no preprocessor_config.json, the windows it was trained on: see train_vae.py.")
+    return SynerMedGenImageProcessor.from_pretrained(vae).intensity
+
+
 @torch.no_grad()
 def prepare_weights(model: SynerMedGenForConditionalGeneration, image_tokens: int):
     """
@@ -148,10 +155,7 @@ def main(args):
         vit_max_patches_per_side=vit_side // vit_patch,
         latent_max_per_side=32,
         latent_stride=16,
-        intensity={
-            **SynerMedGenImageProcessor.intensity,
-            "PET": {"unit": "SUV", "low": 0.0, "high": 20.0, "scale": "asinh", "softening": 1.0},
-        },
+        intensity=windows_of(args.vae),
     )
     processor = SynerMedGenProcessor(image_processor, make_tokenizer(args.vocab_size))
     config = SynerMedGenConfig(

@@ -38,11 +38,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from train_generation import (
     add_data_arguments,
-    checkpoints,
+    checkpoint_to_resume,
     clear_leftovers,
     describe,
     discard,
     is_simulated,
+    lasting_settings,
     load_checkpoint,
     load_pairs,
     open_log,
@@ -71,8 +72,10 @@ LASTING = (
     "learning_rate",
     "lr_warmup_steps",
     "max_grad_norm",
+    "mixed_precision",
     "seed",
 )
+BUDGET = ("max_train_minutes", "max_train_steps")
 
 
 def parse_args(argv=None):
@@ -329,36 +332,6 @@ def _cross_entropy(logits: torch.Tensor, true: float) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint(args) -> tuple[Path | None, dict]:
-    """The folder to go on from and what is known of it, `(None, {})` at the start; settings are checked."""
-    finished, begun = (args.output_dir / RECORD).exists(), (args.output_dir / "log.jsonl").exists()
-    if args.resume_from_checkpoint is None:
-        if finished or begun or checkpoints(args.output_dir):
-            raise SystemExit(
-                f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or "
-                "choose another --output_dir."
-            )
-        return None, {}
-    if args.resume_from_checkpoint == "latest":
-        folder = (checkpoints(args.output_dir) or [None])[-1]
-    else:
-        folder = Path(args.resume_from_checkpoint)
-    if folder is None:
-        return None, {}
-    if not (folder / "training_state_0.json").is_file():
-        raise SystemExit(f"There is no checkpoint {folder}.")
-    state = json.loads((folder / "training_state_0.json").read_text())
-    before, now = state["settings"], lasting_settings(args)
-    changed = [f"--{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
-    if changed:
-        raise SystemExit(f"{folder} was trained with {', '.join(changed)}: it cannot be continued with another value.")
-    return folder, state
-
-
-def lasting_settings(args) -> dict:
-    return {name: getattr(args, name) for name in LASTING}
-
-
 def open_codec(args):
     """The image processor of the checkpoint, if its sizes fit the network."""
     source = args.pretrained_model_name_or_path
@@ -388,8 +361,15 @@ def learning_rate(args, step: int, share: float) -> float:
 def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.setLevel(logging.INFO)
-    folder, state = newest_checkpoint(args)
+    folder = checkpoint_to_resume(args, LASTING)
+    state = json.loads((folder / "training_state_0.json").read_text()) if folder else {}
     if (args.output_dir / RECORD).exists():
+        had = json.loads((args.output_dir / RECORD).read_text()).get("budget")
+        if had not in (None, lasting_settings(args, BUDGET)):
+            raise SystemExit(
+                f"{args.output_dir} holds a baseline that is trained to its end with another budget, {had}: choose "
+                "another --output_dir."
+            )
         logger.info("%s is trained already.", args.output_dir)
         return
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -446,7 +426,7 @@ def main(args):
             progress.set_postfix(l1=f"{means['loss_l1']:.4f}", copy=f"{means['loss_copy']:.4f}", steps=step)
             sums = {}
         if step % args.checkpointing_steps == 0:
-            state = {"step": step, "seconds": seconds, "sums": sums, "settings": lasting_settings(args)}
+            state = {"step": step, "seconds": seconds, "sums": sums, "settings": lasting_settings(args, LASTING)}
             state |= {"data": pool.fingerprint, "codec": codec_settings(codec)}
             save_checkpoint(
                 accelerator, args.output_dir / f"checkpoint-{step}", state, None, args.checkpoints_total_limit
@@ -462,6 +442,7 @@ def main(args):
         "routes": [route.name for route in pool.pairs],
         "codec": codec_settings(codec),
         "minutes": round(seconds / 60, 3),
+        "budget": lasting_settings(args, BUDGET),
         "steps": step,
         "samples": step * args.train_batch_size,
         "parameters": unet.num_parameters(),

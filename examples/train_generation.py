@@ -29,7 +29,9 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from itertools import groupby, islice, zip_longest
@@ -40,9 +42,11 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
     set_seed,
@@ -74,6 +78,13 @@ NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use
 GENERATION_EXPERT = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
 )
+# What a checkpoint cannot be continued with other values of: samples would be repeated or left out, or what the
+# checkpoint holds would overrule the value.
+LASTING = (
+    "freeze drop_text drop_vae drop_vit drop_region multi_source train_batch_size gradient_accumulation_steps "
+    "mixed_precision learning_rate lr_scheduler lr_warmup_steps muon_learning_rate use_8bit_adam adam_beta1 adam_beta2 "
+    "adam_weight_decay adam_epsilon max_grad_norm ema_decay logit_mean logit_std lora_rank lora_alpha seed"
+).split()
 BANDS = (0.125, 0.375, 0.625, 0.875)  # timesteps at which the validation loss is taken
 
 
@@ -395,6 +406,52 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def checkpoint_to_resume(args, lasting: Iterable[str] = ()) -> Path | None:
+    """
+    The checkpoint that `--resume_from_checkpoint` means, `None` for the beginning.
+
+    Args:
+        args: Of the script.
+        lasting (`Iterable[str]`): Names of the arguments that have to be what they were.
+
+    Raises:
+        `SystemExit`: Not asked to go on, and the folder holds a training; there is no such checkpoint, or there are
+            later ones, which would come to be taken for this run's; an argument was another one before.
+    """
+    known = checkpoints(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        names = ("log.jsonl", "pipeline", "adapter_model.safetensors")
+        if known or any((args.output_dir / name).exists() for name in names):
+            raise SystemExit(
+                f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or "
+                "choose another --output_dir."
+            )
+        return None
+    if args.resume_from_checkpoint == "latest":
+        folder = (known or [None])[-1]
+    else:
+        folder = Path(args.resume_from_checkpoint)
+    if folder is None:
+        return None
+    if not (state := folder / "training_state_0.json").is_file():
+        raise SystemExit(f"There is no checkpoint {folder}.")
+    state = json.loads(state.read_text())
+    if later := [path.name for path in known if int(path.name.removeprefix("checkpoint-")) > state["step"]]:
+        raise SystemExit(
+            f"{args.output_dir} holds later checkpoints than {folder}: {', '.join(later)}. To go on from the earlier "
+            "one, delete them, or choose another --output_dir."
+        )
+    before, now = state.get("settings", {}), lasting_settings(args, lasting)
+    changed = [f"--{name} {before[name]} (now {now[name]})" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        raise SystemExit(f"{folder} was trained with {', '.join(changed)}: it cannot be continued with another value.")
+    return folder
+
+
+def lasting_settings(args, lasting: Iterable[str]) -> dict:
+    return {name: getattr(args, name) for name in lasting}
+
+
 def discard(folder: Path):
     """Delete a folder that must never be seen half deleted."""
     if folder.exists():
@@ -518,15 +575,10 @@ def make_optimizer(args, model) -> torch.optim.Optimizer:
 
 def check(args):
     """Raise for what cannot be used, before anything is loaded."""
-    if args.resume_from_checkpoint is None:
-        names = ("log.jsonl", "checkpoint-*", "pipeline", "adapter_model.safetensors")
-        if any(any(args.output_dir.glob(name)) for name in names):
-            raise SystemExit(
-                f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or "
-                "choose another --output_dir."
-            )
-    elif args.resume_from_checkpoint != "latest" and not Path(args.resume_from_checkpoint).is_dir():
-        raise SystemExit(f"There is no checkpoint {args.resume_from_checkpoint}.")
+    checkpoint_to_resume(args, LASTING)
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if args.report_to not in (None, "all", *installed):
+        raise SystemExit(f"--report_to {args.report_to} is not installed; there is {', '.join(installed) or 'none'}.")
     if args.use_8bit_adam and args.muon_learning_rate is not None:
         raise SystemExit("--use_8bit_adam and --muon_learning_rate are two optimizers: choose one.")
     if args.use_8bit_adam and find_spec("bitsandbytes") is None:
@@ -538,21 +590,25 @@ def check(args):
 def stop_at_nan(args, accelerator, step: int, batches, batch_list, losses):
     """
     Keep the batches that gave no number and raise, in every process: the norm of the gradients, which all share, has
-    told them all.
+    told them all. Where the losses are finite everywhere, the gradients have overflowed, and any batch may be to blame.
     """
+    bad = [not torch.isfinite(loss) for loss in losses]
+    overflown = not any(gather_object([any(bad)]))
     cases = set()
-    for number, (samples, loss) in enumerate(zip(batch_list, losses, strict=True)):
-        if torch.isfinite(loss):
+    for number, samples in enumerate(batch_list):
+        if not bad[number] and not overflown:
             continue
         names = sorted({f"{sample.pair.case} ({sample.route})" for sample in samples})
         cases |= set(names)
         path = args.output_dir / f"nan-step-{step}-process-{accelerator.process_index}-{number}.safetensors"
         save_file(batches.collate(samples), path, {"cases": json.dumps(names)})
+    accelerator.wait_for_everyone()  # whoever ends first makes the launcher kill the others
+    what = "gradient" if overflown else "loss"
     mine = f"Batches of this process are kept in {args.output_dir}; their cases: {', '.join(sorted(cases))}."
-    other = "The losses of this process are finite: see the others, or the gradients have overflowed."
     raise FloatingPointError(
-        f"The loss of step {step} is not a number. {mine if cases else other} Nothing was changed by this step; the "
-        "last checkpoint is whole. Look at these cases, or lower the learning rate."
+        f"The {what} of step {step} is not a number. {mine if cases else 'The losses of this process are finite.'} "
+        "Nothing was changed by this step; the last checkpoint is whole. Look at these cases, or lower the learning "
+        "rate."
     )
 
 
@@ -564,11 +620,18 @@ def main(args):
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none")],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none"),
+            # All others wait while the first one makes the data set, validates and saves.
+            InitProcessGroupKwargs(timeout=timedelta(days=7)),
+        ],
     )
     is_main, is_sharded = accelerator.is_main_process, accelerator.distributed_type == DistributedType.FSDP
-    if is_sharded and args.muon_learning_rate is not None:
-        raise SystemExit("--muon_learning_rate needs whole matrices, and FSDP shares them out: use AdamW.")
+    if is_sharded and (args.muon_learning_rate is not None or args.use_8bit_adam):
+        name = "--use_8bit_adam" if args.use_8bit_adam else "--muon_learning_rate"
+        raise SystemExit(f"{name} needs whole matrices, and FSDP shares them out: use AdamW.")
+    if is_sharded:  # or every card would keep whole gradients from one micro-batch to the next
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
 
     # 1. The model, every tensor accounted for.
@@ -634,12 +697,8 @@ def main(args):
         ema = EMAModel(trained, decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         ema.to(accelerator.device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    step, state, folder = 0, {}, None
-    if args.resume_from_checkpoint == "latest":
-        folder = (checkpoints(args.output_dir) or [None])[-1]
-    elif args.resume_from_checkpoint:
-        folder = Path(args.resume_from_checkpoint)
-    if folder is not None:
+    step, state = 0, {}
+    if (folder := checkpoint_to_resume(args, LASTING)) is not None:
         state = load_checkpoint(accelerator, folder, ema)
         step = state["step"]
         if state["frozen"] != before:
@@ -726,7 +785,7 @@ def main(args):
             accelerator.wait_for_everyone()
         if step % args.checkpointing_steps == 0:
             state = {"step": step, "frozen": before, "routes": routes, "sums": sums.tolist()}
-            state["batches"] = batches.state_dict()
+            state |= {"batches": batches.state_dict(), "settings": lasting_settings(args, LASTING)}
             folder = args.output_dir / f"checkpoint-{step}"
             save_checkpoint(accelerator, folder, state, ema, args.checkpoints_total_limit)
 

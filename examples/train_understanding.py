@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, Image, List, load_dataset
 from huggingface_hub import HfApi
 from peft import PeftModel
@@ -53,6 +53,7 @@ from trl import (
 from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.collating import QuestionCollator, check_question
 from synermedgen_hf.data.released import find_released
+from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.data.synermed import TASKS
 from synermedgen_hf.data.understanding import DEFAULT_MIX
 from synermedgen_hf.loading_synermedgen import combine_digests, part_of, tensor_digest
@@ -205,9 +206,12 @@ def check_questions(dataset, processor, config, max_length: int, split: str):
         )
     if not isinstance(dataset, Dataset):
         return dataset.map(lambda row, number: {"length": length_of(row, number)}, with_indices=True)
-    files = dataset.cast_column("images", List(Image(decode=False)))
-    rows = tqdm(files, desc=f"check {split}", unit="row", disable=not PartialState().is_main_process)
-    return dataset.add_column("length", [length_of(row, number) for number, row in enumerate(rows)])
+    lengths = [None]
+    if PartialState().is_main_process:
+        files = dataset.cast_column("images", List(Image(decode=False)))
+        rows = tqdm(files, desc=f"check {split}", unit="row")
+        lengths = [[length_of(row, number) for number, row in enumerate(rows)]]
+    return dataset.add_column("length", broadcast_object_list(lengths)[0])
 
 
 def shuffle_answer(row: dict, number: int, seed: int) -> dict:
@@ -219,19 +223,41 @@ def shuffle_answer(row: dict, number: int, seed: int) -> dict:
     return {"answer": answer, "messages": [*asked, {**told, "content": [{"type": "text", "text": answer}]}]}
 
 
-def check_start(output_dir: Path, weights: str, checkpoint: str | Path | None):
+def check_start(facts: dict, checkpoint: str | Path | None):
     """
-    Remember the weights that a training starts from, and refuse to go on from others: a checkpoint would write over
-    them, or an adapter be laid on what it was not made for.
+    Refuse to go on from other weights or questions than a training began with: a checkpoint would write over the ones,
+    and the others would come twice or never.
+
+    Args:
+        facts (`dict`): What the training starts from, as [`write_start`] keeps it; a part of it will do.
+        checkpoint (`str` or `Path`, *optional*): What is gone on from.
+
+    Raises:
+        `SystemExit`: The checkpoint belongs to another training.
     """
     known = None if checkpoint is None else Path(checkpoint).parent / START
-    if known is not None and known.exists() and json.loads(known.read_text())["weights"] != weights:
+    if known is None or not known.exists():
+        return
+    before = json.loads(known.read_text())
+    if before["weights"] != facts.get("weights", before["weights"]):
         raise SystemExit(
             f"{checkpoint} belongs to a training that started from other weights (see {START} beside it). Name those "
             "with --model_name_or_path."
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / START).write_text(json.dumps({"weights": weights}))
+    now = json.loads(json.dumps(facts.get("questions", {})))
+    had = before.get("questions", {})
+    if changed := [f"{name} {had[name]} (now {value})" for name, value in now.items() if had.get(name, value) != value]:
+        raise SystemExit(
+            f"{checkpoint} was trained on other questions: {', '.join(changed)}. Bring them back, or choose another "
+            "--output_dir."
+        )
+
+
+def questions_of(args: UnderstandingArguments, training_args: SFTConfig, dataset) -> dict:
+    """What the questions are made of, and how many there are, to be compared when a training goes on."""
+    names = ("dataset_name", "dataset_config", "dataset_train_split", "shuffle_answers", *OF_MADE_QUESTIONS)
+    rows = {"rows": len(dataset)} if isinstance(dataset, Dataset) else {}
+    return {name: getattr(args, name) for name in names} | {"data_seed": training_args.data_seed} | rows
 
 
 def held_by(rows) -> tuple[list[str], bool | None]:
@@ -426,7 +452,7 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         frozen = [name for name in model.state_dict() if part_of(name) == "generation"]
         before, whole = checksum({name: loaded[name] for name in frozen}), checksum(loaded)
         del loaded
-        check_start(output_dir, whole, resume)
+        check_start({"weights": whole}, resume)
 
     # 2. The questions, every row looked at.
     max_length = training_args.max_length or config.text_config.max_position_embeddings
@@ -434,7 +460,12 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     seed = training_args.data_seed or 0
     with PartialState().main_process_first():
         train = load_questions(script_args, seed, script_args.dataset_train_split, **how)
-        train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
+    train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
+    if is_main:
+        start = {"weights": whole, "questions": questions_of(script_args, training_args, train)}
+        check_start(start, resume)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(output_dir / START, json.dumps(start, default=str) + "\n")
     # A stream is looked at in its first rows, so that what is too long is known before the training. What questions are
     # made of scans is known anyway.
     tasks, labelled = held_by(
@@ -450,9 +481,14 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         train = train.repeat(None)  # processes whose streams end at different times would wait for each other
     held_out, callbacks = None, []
     if training_args.eval_strategy != "no":
-        # A few questions on each of many patients.
-        stream = load_questions(script_args, seed, script_args.dataset_test_split, per_case=8, streaming=True)
-        held_out = Dataset.from_list(list(stream.take(script_args.eval_questions)), features=stream.features)
+        if makes_questions(script_args) or script_args.dataset_streaming:
+            # A few questions on each of many patients.
+            stream = load_questions(script_args, seed, script_args.dataset_test_split, per_case=8, streaming=True)
+            held_out = Dataset.from_list(list(stream.take(script_args.eval_questions)), features=stream.features)
+        else:  # a file's first rows may all be of one patient or of one task
+            with PartialState().main_process_first():
+                rows = load_questions(script_args, seed, script_args.dataset_test_split, **how).shuffle(seed=seed)
+            held_out = rows.select(range(min(len(rows), script_args.eval_questions)))
         held_out = check_questions(held_out, processor, config, max_length, script_args.dataset_test_split)
         callbacks.append(AskQuestions(processor, held_out, training_args.per_device_eval_batch_size))
 
@@ -533,8 +569,9 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
 
 def parse_args(argv=None) -> tuple[UnderstandingArguments, SFTConfig, ModelConfig]:
     parser = TrlParser((UnderstandingArguments, SFTConfig, ModelConfig))
-    # TRL would cut at 1024 tokens, which a question about five slices exceeds; nothing is cut here.
-    parser.set_defaults(max_length=None)
+    # TRL would cut at 1024 tokens, which a question about five slices exceeds; nothing is cut here. And all others wait
+    # while the first process makes and checks the questions, and while it saves.
+    parser.set_defaults(max_length=None, ddp_timeout=7 * 24 * 3600)
     return parser.parse_args_and_config(argv)
 
 

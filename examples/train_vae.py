@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from train_generation import (
     add_data_arguments,
-    checkpoints,
+    checkpoint_to_resume,
     clear_leftovers,
     is_simulated,
+    lasting_settings,
     load_checkpoint,
     load_pairs,
     open_log,
@@ -48,6 +49,12 @@ from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.image_processing_synermedgen import CODECS, SynerMedGenImageProcessor, set_codec
 
 logger = logging.getLogger(__name__)
+
+# What a checkpoint cannot be continued with other values of.
+LASTING = (
+    "resolution codec block_out_channels latent_channels layers_per_block train_batch_size learning_rate "
+    "lr_warmup_steps ssim_weight kl_weight max_grad_norm seed"
+).split()
 
 
 def parse_args(argv=None):
@@ -120,13 +127,7 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if (args.output_dir / "log.jsonl").exists() and not args.resume_from_checkpoint:
-        raise SystemExit(
-            f"{args.output_dir} holds an earlier training. Continue it with --resume_from_checkpoint latest, or choose "
-            "another --output_dir."
-        )
-    if args.resume_from_checkpoint not in (None, "latest") and not Path(args.resume_from_checkpoint).is_dir():
-        raise SystemExit(f"There is no checkpoint {args.resume_from_checkpoint}.")
+    checkpoint_to_resume(args, LASTING)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise SystemExit("This small autoencoder is trained by one process: run the script with python.")
@@ -143,11 +144,11 @@ def main(args):
     logger.info("%d slices", len(data))
     if len(data) < args.train_batch_size:
         raise SystemExit(f"There are {len(data)} slices, and --train_batch_size {args.train_batch_size} needs as many.")
-    train(args, data, accelerator)
+    train(args, data, image_processor, accelerator)
     accelerator.end_training()
 
 
-def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
+def train(args, data: torch.Tensor, image_processor, accelerator: Accelerator) -> AutoencoderKL:
     """Train on encoded slices, save to `args.output_dir / "vae"`, and return what was saved."""
     set_seed(args.seed)
     levels = len(args.block_out_channels)
@@ -175,11 +176,7 @@ def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
     vae, optimizer, loader, scheduler = accelerator.prepare(vae, optimizer, loader, scheduler)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    step, folder = 0, None
-    if args.resume_from_checkpoint == "latest":
-        folder = (checkpoints(args.output_dir) or [None])[-1]
-    elif args.resume_from_checkpoint:
-        folder = Path(args.resume_from_checkpoint)
+    step, folder = 0, checkpoint_to_resume(args, LASTING)
     # The order of slices starts anew after a resumption; everything else continues.
     if folder is not None:
         step = load_checkpoint(accelerator, folder, None)["step"]
@@ -203,7 +200,11 @@ def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
             kl = posterior.kl().float().mean() / posterior.mean[0].numel()
             loss = l1 + args.ssim_weight * ssim + args.kl_weight * kl
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)
+            if not torch.isfinite(accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)):
+                raise FloatingPointError(
+                    f"The gradient of step {step} is not a number. Nothing was changed by this step; the last "
+                    "checkpoint is whole. Lower the learning rate."
+                )
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -217,7 +218,8 @@ def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
                 log.flush()
             if step % args.checkpointing_steps == 0:
                 folder = args.output_dir / f"checkpoint-{step}"
-                save_checkpoint(accelerator, folder, {"step": step}, None, args.checkpoints_total_limit)
+                state = {"step": step, "settings": lasting_settings(args, LASTING)}
+                save_checkpoint(accelerator, folder, state, None, args.checkpoints_total_limit)
             done = step >= args.max_train_steps
             if done:
                 break
@@ -225,6 +227,7 @@ def train(args, data: torch.Tensor, accelerator: Accelerator) -> AutoencoderKL:
     vae = accelerator.unwrap_model(vae).eval()
     measure_latents(vae, data, args.train_batch_size)
     vae.save_pretrained(args.output_dir / "vae")
+    image_processor.save_pretrained(args.output_dir / "vae")  # an autoencoder knows the windows it was trained on alone
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_whole(args.output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")
     logger.info("saved %s", args.output_dir / "vae")

@@ -1,6 +1,7 @@
 """The example scripts, run for real at tiny size: train, resume, evaluate, demonstrate, measure."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -91,6 +92,23 @@ def test_training_the_autoencoder_resumes_from_the_newest_checkpoint_that_is_who
         file.write('{"step": 5, "l')  # killed while it was written
     train_vae(folder, data, 6, "--resume_from_checkpoint", "latest")
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_training_the_autoencoder_stops_at_a_gradient_that_is_no_number(work, data):
+    folder = work / "vae_nan"
+    with pytest.raises(FloatingPointError, match="The gradient of step 1 is not a number"):
+        train_vae(folder, data, 4, "--learning_rate", 1e30, "--lr_warmup_steps", 0, "--checkpointing_steps", 1)
+    (whole,) = folder.glob("checkpoint-*")
+    assert whole.name == "checkpoint-1" and not (folder / "vae").exists()
+
+
+def test_the_toy_takes_the_windows_of_its_autoencoder(vae, start, tmp_path):
+    taken = SynerMedGenPipeline.from_pretrained(start).processor.image_processor
+    assert taken.intensity == SynerMedGenImageProcessor.from_pretrained(vae / "vae").intensity
+    shutil.copytree(vae / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "preprocessor_config.json").unlink()
+    with pytest.raises(SystemExit, match="no preprocessor_config.json, the windows it was trained on"):
+        run("init_tiny", "--vae", tmp_path / "vae", "--output_dir", tmp_path / "start")
 
 
 def test_an_autoencoder_of_own_scans_sees_each_slice_once_in_own_windows(work):

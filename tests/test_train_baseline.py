@@ -249,6 +249,11 @@ def test_what_is_done_is_not_done_again(train, uninterrupted):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_what_is_done_with_another_budget_is_no_answer(train, uninterrupted):
+    with pytest.raises(SystemExit, match="trained to its end with another budget"):
+        train(uninterrupted("unet"), baseline="unet", max_train_minutes=90, resume_from_checkpoint="latest")
+
+
 def test_the_record_says_what_was_trained(uninterrupted, processor):
     record = read_network(uninterrupted("pix2pix"))
     assert (record["kind"], record["steps"], record["samples"]) == ("pix2pix", 6, 12)

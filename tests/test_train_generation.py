@@ -359,6 +359,23 @@ def test_other_data_are_noticed_when_a_training_goes_on(uninterrupted, train, tm
     assert [row["step"] for row in log(folder)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_earlier_checkpoint_is_not_gone_on_from_beside_later_ones(trained, train, tmp_path):
+    """Those would be the newest ones for the next `latest`, and the first of this run the oldest to be deleted."""
+    folder = killed(trained, tmp_path / "out", keep=6)
+    with pytest.raises(SystemExit, match="holds later checkpoints than .*checkpoint-2: checkpoint-4, checkpoint-6"):
+        train(folder, resume_from_checkpoint=folder / "checkpoint-2")
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    train(tmp_path / "again", resume_from_checkpoint=tmp_path / "again" / "checkpoint-2")
+    assert result(tmp_path / "again") == result(trained)
+
+
+@pytest.mark.parametrize("name, value", [("learning_rate", 1e-5), ("gradient_accumulation_steps", 3), ("seed", 5)])
+def test_other_arguments_are_refused_when_a_training_goes_on(trained, train, tmp_path, name, value):
+    folder = killed(trained, tmp_path / "out", keep=2)
+    with pytest.raises(SystemExit, match=rf"was trained with --{name} .* \(now {value}\): it cannot be continued"):
+        train(folder, resume_from_checkpoint="latest", **{name: value})
+
+
 def test_other_frozen_weights_are_noticed_when_a_training_goes_on(trained, train, start, tmp_path):
     folder = killed(trained, tmp_path / "out", keep=2)
     shutil.copytree(start, tmp_path / "start")
@@ -454,6 +471,7 @@ def test_a_folder_that_holds_a_training_is_not_written_over(train, trained):
         ({"latent_cache": "off", "latent_cache_dir": "here"}, "leave out --latent_cache_dir"),
         ({"resume_from_checkpoint": "nowhere"}, "There is no checkpoint nowhere"),
         ({"use_8bit_adam": True, "muon_learning_rate": 0.02}, "two optimizers: choose one"),
+        ({"report_to": "nowhere"}, "--report_to nowhere is not installed"),
         ({"drop_vae": 1.5}, r"probability of vae must be within \[0, 1\]"),
     ],
 )

@@ -28,6 +28,10 @@ WINDOW = {"unit": "grey level", "low": 0.0, "high": 255.0}
 
 REGION_WORDS = (("brain", r"\bbrain|\bhead\b"), ("pelvis", r"\bpelvi"), ("whole-body", r"whole[- ]body"))
 MARKER = "<image>"
+LETTER_ALONE = re.compile(
+    r"\W*(?:the\s+)?(?:(?:correct\s+)?answer\s*(?:is|:)?\W*)?(?:option|description|candidate|choice|image)?\W*[a-z]\W*",
+    re.IGNORECASE,
+)
 
 
 def find_released(root: str | Path) -> dict[str, str]:
@@ -280,7 +284,12 @@ def _understanding_row(line: dict, offset: int) -> tuple[dict, list[str]]:
     else:
         task = {5: "CTS", 2: "TIA"}.get(len(names), "")
         options = ["A", "B", "C", "D"] if task in ("CTS", "TIA") else []
-        letter = parse_answer(answer, options) if options else None
+        # A letter that is the whole answer: a description may well say "image B".
+        letter = parse_answer(answer, options) if options and LETTER_ALONE.fullmatch(answer) else None
+        if letter and letter != answer:
+            first = [role for role, _ in turns].index("gpt")
+            turns[first] = ("gpt", letter)
+            notes.append("the answer was cut down to its letter")
         options, answer = (options, letter) if letter else ([], answer)
     pair = line.get("pair") or {}
     source, target = (fold_modality(str(pair.get(key) or "")) for key in ("src", "tgt"))
@@ -338,5 +347,10 @@ def _with_pictures(row: dict, slices: Path) -> dict:
             raise ValueError(f"{name} points out of {SLICES}/")
         if not file.is_file():
             raise ValueError(f"there is no picture {name} in {SLICES}/")
-        pictures.append({"bytes": file.read_bytes(), "path": None})
+        content = file.read_bytes()
+        try:
+            PILImage.open(io.BytesIO(content)).verify()  # one that was cut short would stop a training in its middle
+        except Exception as error:  # whatever the reader of the format raises
+            raise ValueError(f"the picture {name} is damaged: {error}") from error
+        pictures.append({"bytes": content, "path": None})
     return {**row, "images": pictures}

@@ -609,9 +609,10 @@ _CONTRAST = r"(?:contrast[\s-]*enhanced|post[\s-]*(?:contrast|gadolinium)|enhanc
 _SPOKEN = re.compile(
     rf"""
     (?P<FLAIR>\bt2f\b|\b(?:t2[\s/-]*)?flair\b(?:\s*\(?\s*mri?\b\)?)?)
-    | (?P<T1>\bt1n\b|\bt1{_WEIGHTED}[\s(]*(?:without|before|pre-?)\s*(?:contrast|gadolinium|gd)(?:\s*agent)?)
-    | (?P<T1CE>\b{_CONTRAST}\s*t1{_WEIGHTED}|\bt1[\s_-]*(?:ce|c|gd|\+\s*c|contrast)\b{_WEIGHTED}
-        |\bt1{_WEIGHTED}[\s,(-]*{_CONTRAST}\b(?:\s*mri?\b)?
+    | (?P<T1>\bt1n\b|\bt1{_WEIGHTED}[\s(]*(?:without|before|pre-?)\s*(?:contrast|gadolinium|gd)(?:\s*agent)?
+        |\b(?:non|not|no)[\s-]+{_CONTRAST}[\s-]*t1{_WEIGHTED})
+    | (?P<T1CE>\b(?:{_CONTRAST}|ce|gd)[\s-]*t1{_WEIGHTED}|\bt1[\s_-]*(?:ce|c|gd|\+\s*c|\+\s*gd|contrast)\b{_WEIGHTED}
+        |\bt1{_WEIGHTED}[\s,(-]*(?:{_CONTRAST}|ce|gd)\b(?:\s*mri?\b)?
         |\bt1{_WEIGHTED}[\s(]*(?:with|after|post-?)\s*(?:contrast|gadolinium|gd)(?:\s*agent)?)
     | (?P<T2>\bt2{_WEIGHTED})
     | (?P<T1_>\bt1{_WEIGHTED})
@@ -630,9 +631,18 @@ _LETTER_FORMS = (
     rf"\b{_CALLED}\b\W*{_LETTER}",
     r"^[\"'(\[*]*([A-Z])[\"'*]*\s*[.:,)\]]",
     r"\(([A-Za-z])\)",
+    r"^(A)\b(?=\s+(?:is|matches|fits|belongs|corresponds|shows)\b)",
+    r"\b(?i:is|be|choose|pick|say)\s+(A)\b(?=\W*$)",
     r"\b([B-HJ-Z])\b(?![-'’])",  # "A" and "I" are words too
 )
-_PANEL = re.compile(r"(?:^|[\s\"'\[{(,;])([A-Za-z])[\"']?\s*[:=]\s*[\"']?([^\"',;\]}\n]+)")
+# Several letters, between which a text does not choose.
+_ONE = r"(?:[A-HJ-Z]|[b-z])\b(?![-'’])"
+_BETWEEN = rf"(?:/|&|,?\s*\b(?:or|and)\b|,(?=\s*{_ONE}(?:\W*$|\s*,|\s+(?:or|and)\b)))"
+_SEVERAL = re.compile(rf"\b{_ONE}(?:\s*{_BETWEEN}\s*(?:{_CALLED}\s+)?{_ONE})+")
+# A panel's letter and its label, which may hold a comma where it is quoted.
+_PANEL = re.compile(
+    r"""(?:^|[\s"'\[{(,;])([A-Za-z])["']?\s*[:=]\s*(?:"([^":\n]+)"(?=\s*(?:[,;\])}\n]|$))|["']?([^"',;\]}\n]+))"""
+)
 
 
 def find_modalities(text: str) -> list[tuple[int, str]]:
@@ -655,7 +665,7 @@ def parse_listing(text: str) -> list[str | None] | None:
     Returns:
         `list[str | None]` of at least two, or `None` if the text is no listing.
     """
-    labels = [label for _, label in _PANEL.findall(text)]
+    labels = [quoted or plain for _, quoted, plain in _PANEL.findall(text)]
     return [parse_modality(label) for label in labels] if len(labels) >= 2 else None
 
 
@@ -690,8 +700,14 @@ def _parse_letter(text: str, options: Sequence[str]) -> str | None:
     if alone is None and parse_listing(text) is not None:
         return None
     # The most explicit form that occurs decides; if it names two letters, the text does not choose.
-    found = [alone[1]] if alone else next(filter(None, (re.findall(form, text) for form in _LETTER_FORMS)), [])
-    letters = {letter.upper() for letter in found}
+    if alone:
+        letters = {alone[1].upper()}
+    else:
+        found = next(filter(None, (list(re.finditer(form, text)) for form in _LETTER_FORMS)), [])
+        undecided = [match.span() for match in _SEVERAL.finditer(text)]
+        if any(start <= match.start(1) < end for match in found for start, end in undecided):
+            return None
+        letters = {match[1].upper() for match in found}
     return letters.pop() if len(letters) == 1 and letters <= set(options) else None
 
 
