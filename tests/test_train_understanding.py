@@ -482,6 +482,13 @@ def test_a_training_goes_on_beyond_its_first_end(trained, train, tmp_path):
     assert losses(tmp_path / "out") == losses(trained)
 
 
+@pytest.mark.parametrize("options", [{"tasks": ["MI"]}, {"per_case": 3}, {"data_seed": 7}, {"shuffle_answers": True}])
+def test_other_questions_are_noticed_when_a_training_goes_on(trained, train, tmp_path, options):
+    folder = killed(trained, tmp_path / "out", keep=2)
+    with pytest.raises(SystemExit, match=f"was trained on other questions: .*{next(iter(options))} .*now"):
+        train(folder, resume_from_checkpoint="latest", **options)
+
+
 def test_latest_of_nothing_is_the_beginning(trained, train, tmp_path):
     train(tmp_path / "out", max_steps=2, resume_from_checkpoint="latest")
     assert losses(tmp_path / "out") == losses(trained, 2)

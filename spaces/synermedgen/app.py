@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -34,6 +34,7 @@ if "GRADIO_TEMP_DIR" not in os.environ:  # uploads and pictures of this run of t
 
 import gradio as gr
 import numpy as np
+import pydicom
 import torch
 from gradio.utils import get_upload_folder
 from PIL import Image
@@ -44,16 +45,20 @@ from synermedgen_hf.data.sources import MIN_SHARED_EXTENT, load_case, read_manif
 from synermedgen_hf.data.understanding import TaskSampler
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, REGION_NAMES
-from synermedgen_hf.volumes.reading import check_finite, resample, same_grid, shared_extent
+from synermedgen_hf.volumes.reading import check_finite, resample, same_grid, shared_extent, slices_of
 from synermedgen_hf.volumes.synthesis import checksums, synthesize_volume, write_synthesis
 from synermedgen_hf.volumes.understanding import region_axis, understanding_slice
 from synermedgen_hf.volumes.uploads import Upload, UploadLimits, free_memory, read_upload, unpacked
 from synermedgen_hf.volumes.writing import write_dicom_series
 
+# Its warnings repeat what a header holds, and they end up in the log.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+
 HERE = Path(__file__).parent
 SURE = 0.5  # how likely a modality must be to be taken for granted; below, the visitor is asked
 KEPT_SECONDS = 900  # files of the page: uploads, pictures, downloads
 MAX_SEED = 2**32 - 1
+MAX_EVALUATIONS = 200_000  # of the model in one run: slices x steps x seeds x targets
 MAX_ASKED = 8  # scans of one question
 MAX_QUESTION = 1000  # letters
 TASK_NAMES = {"CTS": "which slices belong together", "MI": "naming a modality", "TIA": "describing a change"}
@@ -85,18 +90,64 @@ def load_pipeline() -> SynerMedGenPipeline:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def uploaded_only(file: gr.File):
+    """
+    Make it take what was uploaded to this page. Else gradio would also fetch addresses, past all limits, and take
+    folders, which its clearing away stumbles over.
+    """
+    move = file.async_move_resource_to_block_cache
+
+    async def checked(path):
+        if path is not None and not Path(path).is_file():
+            raise gr.Error("Upload the file itself: addresses and folders are not taken.", print_exception=False)
+        return await move(path)
+
+    file.async_move_resource_to_block_cache = checked
+
+
+def clear_away(folder: Path, kept: set[Path], seconds: float):
+    """
+    Delete files older than that, but for those to be kept. gradio clears away what it has handed on; uploads that were
+    broken off, and what a failed request left, it does not know of.
+    """
+    for place, _, names in os.walk(folder, topdown=False):
+        for path in {Path(place) / name for name in names} - kept:
+            with suppress(FileNotFoundError):
+                told = path.stat()
+                if time.time() - max(told.st_mtime, told.st_ctime) > seconds:
+                    path.unlink()
+        if Path(place) != folder and time.time() - Path(place).stat().st_mtime > seconds:
+            with suppress(OSError):
+                Path(place).rmdir()  # if it is empty
+
+
+def keep_clear(folder: Path):
+    """[`clear_away`] once a minute, from now on; what lies there now belongs to the page."""
+    kept = {path for path in folder.rglob("*") if path.is_file()}
+
+    def work():
+        while True:
+            time.sleep(60)
+            clear_away(folder, kept, KEPT_SECONDS + 60)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
 class Stopped(Exception):
     """The visitor cancelled, or closed the page."""
 
 
 class Work:
     """
-    Long work in a thread of its own, so that a visitor who leaves can stop it between two steps of the model.
+    Long work in a thread of its own, so that a visitor who leaves can stop it between two steps of the model. Work that
+    was stopped may still be in such a step: the next one begins when it is over, one after the other.
 
     Args:
         work (`Callable`): Called with two functions: `report(done, total)`, and one for the pipeline's
             `callback_on_step_end`. Either raises [`Stopped`] once nobody waits any more.
     """
+
+    one_at_a_time = threading.Lock()
 
     def __init__(self, work):
         self.stop, self.done, self.total, self.result, self.error = threading.Event(), 0, 0, None, None
@@ -104,7 +155,9 @@ class Work:
 
     def _run(self, work):
         try:
-            self.result = work(self._report, self._step)
+            with self.one_at_a_time:
+                self._report(0, 0)  # stopped while it waited?
+                self.result = work(self._report, self._step)
         except BaseException as error:  # raised again where the visitor is
             self.error = error
 
@@ -124,9 +177,8 @@ class Work:
             while self.thread.is_alive():
                 self.thread.join(0.25)
                 yield self.done, self.total
-        finally:  # also when the page is closed or the run cancelled: the iterator is closed
+        finally:  # also when the page is closed or the run cancelled: gradio closes the iterator, and must not wait
             self.stop.set()
-            self.thread.join()
         if self.error is not None:
             raise self.error
 
@@ -264,8 +316,11 @@ class App:
         return source, self.offer(source, region, targets)
 
     def forget_the_scan(self):
-        """Source, region, reference and its modality, of which another scan knows nothing."""
-        return None, "", None, ""
+        """
+        Of another scan nothing is known: neither source, region, reference and its modality, nor whether its patient's
+        tags may be kept; and what was seen was the one before.
+        """
+        return None, "", None, "", False, None, "", (None, None)
 
     def offer(self, source: str | None, region: str | None, wanted: list[str]):
         """The targets that this checkpoint was trained for; those of `wanted` among them are chosen, or the first."""
@@ -295,6 +350,7 @@ class App:
     def make(self, scan, targets, source, region, steps, guidance, image_guidance, seed, samples, reference=None):
         """Everything is checked, then target after target is made. Yields `(share done, text)`, last the result."""
         begin = time.monotonic()
+        targets = list(dict.fromkeys(targets or []))
         if not targets or None in targets:
             raise ValueError("Choose at least one target.")
         if None in (steps, guidance, image_guidance, samples):
@@ -316,6 +372,13 @@ class App:
         arguments |= {"image_guidance_scale": float(image_guidance), "progress": False, "weights": self.weights}
         if upload.white is not None:  # a picture is one axial slice, whatever the target
             arguments["axis"] = "axial"
+        axis = arguments.get("axis") or region_axis(volume, region or None)
+        slices = len(slices_of(volume, axis))
+        if (asked := slices * int(steps) * int(samples) * len(targets)) > MAX_EVALUATIONS:
+            raise ValueError(
+                f"{slices} slices x {int(steps)} steps x {int(samples)} seeds x {len(targets)} targets are {asked:,} "
+                f"evaluations of the model; {MAX_EVALUATIONS:,} are done in one run. Choose fewer, or run the package."
+            )
         measured = None
         if reference is not None:
             path, modality = reference
@@ -406,7 +469,7 @@ class App:
         return result
 
     def show(self, request: gr.Request):
-        """A new result: the first target, the middle slice, the usual windows."""
+        """A new result: the first target, the middle slice, the usual windows; no file of the one before."""
         result = self.result_of(request)
         target = next(iter(result.made))
         last = len(result.source.slices) - 1
@@ -415,6 +478,7 @@ class App:
             gr.Slider(maximum=max(last, 1), value=last // 2, interactive=last > 0),
             gr.Column(visible=True),
             gr.HTML(visible=False),
+            None,
         )
 
     def choose(self, target: str, request: gr.Request):
@@ -464,6 +528,13 @@ class App:
         # In the folder that gradio serves from and clears away, under a name that nobody can guess.
         folder = Path(get_upload_folder()) / secrets.token_hex(20)
         folder.mkdir(parents=True)
+        try:
+            return self.write_files(folder, result, form, target, index, keep_tags)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+
+    def write_files(self, folder: Path, result: Result, form: str, target: str, index: int, keep_tags: bool):
         synthesis, name = result.syntheses[target], f"synthetic_{target.lower()}"
         sidecar = folder / f"{name}.json"
         if form == "NIfTI":
@@ -577,7 +648,8 @@ class App:
                         nifti = next(path for path in volume if path.endswith(".nii.gz"))
                         for other in set(volume) - {nifti}:  # gradio clears away what it was given, no more
                             Path(other).unlink()
-                        yield to_display(made.slices[middle], made.window), nifti, told.syntheses[target].record
+                        shown = to_display(made.slices[middle], made.window, told.spacing)
+                        yield shown, nifti, told.syntheses[target].record
                     else:  # nothing new, but a place where a caller who left can be noticed
                         yield gr.skip(), gr.skip(), gr.skip()
         finally:
@@ -619,6 +691,7 @@ class App:
             with gr.Column(scale=4, min_width=320, elem_id="controls"):
                 gr.HTML("<h2>Scan</h2>")
                 scan = gr.File(label="PNG, NIfTI, MHA or a zip of a DICOM series", elem_id="scan", height=140)
+                uploaded_only(scan)
                 gr.HTML("<p class=hint>Or take a simulated example:</p>")
                 examples = gr.Gallery(
                     [(self._thumbnail(case), self._caption(case)) for case in self.cases],
@@ -673,6 +746,7 @@ class App:
                     reference = gr.File(
                         label="Reference, measured in the target's modality", height=90, elem_id="reference"
                     )
+                    uploaded_only(reference)
                     reference_target = gr.Dropdown(
                         [("the first target", ""), *((MODALITY_NAMES[name], name) for name in MODALITIES)],
                         value="",
@@ -731,20 +805,22 @@ class App:
         found = gr.State((None, None))
         heard, looked, settled = [scan, source, region], [preview, seen, found], [source, targets]
         known = [*heard, reference, reference_target]
+        forgotten = [*known[1:], keep_tags, *looked]
         queued = {"show_progress": "hidden", **private, **ONE_AT_A_TIME}
+        # The last one counts: a look at the scan before may still be waiting for the model.
+        looking_at = queued | {"trigger_mode": "always_last"}
         examples.select(self.take_example, None, [*known, targets], **private).success(
-            self.look_at, heard, looked, **queued
+            self.look_at, heard, looked, **looking_at
         )
-        # Of another scan nothing is known: neither modality and region nor reference of the one before.
-        uploaded = scan.upload(self.forget_the_scan, None, known[1:], **AT_ONCE).then(
-            self.look_at, heard, looked, **queued
+        uploaded = scan.upload(self.forget_the_scan, None, forgotten, **AT_ONCE).then(
+            self.look_at, heard, looked, **looking_at
         )
-        cleared = scan.clear(self.forget_the_scan, None, known[1:], **AT_ONCE).then(
-            self.look_at, heard, looked, **private
+        cleared = scan.clear(self.forget_the_scan, None, forgotten, **AT_ONCE).then(
+            self.look_at, heard, looked, **looking_at
         )
         gr.on([source.input, region.input], self.offer, [source, region, targets], targets, **AT_ONCE, **AS_SENT)
         # Scans of another region are cut along another axis.
-        cut = region.input(self.look_at, heard, looked, trigger_mode="always_last", **queued)
+        cut = region.input(self.look_at, heard, looked, **looking_at)
         for seen_now in (uploaded, cleared, cut):
             seen_now.success(self.settle, [*heard, targets, found], settled, **AT_ONCE, **AS_SENT)
 
@@ -756,8 +832,10 @@ class App:
 
         painted = [shown, view, index, source_window, target_window]
         taken = [form, shown, index, keep_tags]
-        look, take = AT_ONCE | AS_SENT, private | AS_SENT
-        shown_now = running.success(self.show, None, [shown, index, looking, empty], **AT_ONCE)
+        look = AT_ONCE | AS_SENT
+        # One after the other, the last one always: what is offered is what is chosen, not what was.
+        take = private | AS_SENT | {"trigger_mode": "always_last", "concurrency_id": "files", "concurrency_limit": 1}
+        shown_now = running.success(self.show, None, [shown, index, looking, empty, files], **AT_ONCE)
         shown_now = shown_now.success(self.choose, shown, [view, source_window, target_window], **look)
         shown_now = shown_now.success(self.paint, painted, [pictures, values], **look)
         shown_now.success(self.write, taken, files, **take)
@@ -767,6 +845,7 @@ class App:
         gr.on([view.input, source_window.input, target_window.input], self.paint, painted, [pictures, values], **look)
         index.change(self.paint, painted, [pictures, values], **look)
         pointer.point(self.point, [shown, index], values, **look)
+        gr.on([shown.input, form.input, keep_tags.input], lambda: None, None, files, **AT_ONCE)
         gr.on([form.input, keep_tags.input], self.write, taken, files, **take)
         index.change(self.write_picture, taken, files, **look)
 
@@ -793,6 +872,7 @@ class App:
             with gr.Column(min_width=320):
                 gr.HTML("<h2>Name the modality</h2>")
                 unnamed = gr.File(label="PNG, NIfTI, MHA or a zip of a DICOM series", height=140, elem_id="unnamed")
+                uploaded_only(unnamed)
                 identify = gr.Button("Identify", variant="primary", interactive=self.learned("MI"), elem_id="identify")
                 named = gr.Label(label="probability of each modality", num_top_classes=4, elem_id="named")
             with gr.Column(min_width=320):
@@ -803,6 +883,7 @@ class App:
                     height=140,
                     elem_id="asked",
                 )
+                uploaded_only(asked)
                 question = gr.Textbox(
                     label="question",
                     placeholder="Which modality is this image?",
@@ -947,6 +1028,7 @@ def theme() -> gr.themes.Base:
 
 def launch(demo: gr.Blocks, **arguments):
     """Starts the page, with what belongs to its look and to the safety of its visitors."""
+    keep_clear(Path(get_upload_folder()))
     return demo.launch(
         theme=theme(),
         css=(HERE / "style.css").read_text(),

@@ -57,6 +57,13 @@ class Layer:
         """The one to begin with."""
         return {"HU": "Body", "SUV": "0 to 5 SUV"}.get(self.unit, "Whole range")
 
+    def number(self, value: float) -> str:
+        """A value with as many digits as its unit deserves: those of an MR, which is of any scale, by its window."""
+        if self.unit == "SUV":
+            return f"{value:.2f}"
+        width = self.window[1] - self.window[0]
+        return f"{value:.0f}" if self.unit == "HU" or width > 50 else f"{value:.{2 if width > 0.5 else 4}f}"
+
 
 @dataclass
 class Result:
@@ -194,11 +201,6 @@ def layers(result: Result, target: str) -> list[Layer]:
     return found + ([result.spread[target]] if target in result.spread else [])
 
 
-def number(value: float, unit: str) -> str:
-    """A value with as many digits as its unit deserves."""
-    return f"{value:.2f}" if unit == "SUV" else f"{value:.0f}"
-
-
 def table(result: Result, target: str, index: int, point: tuple[float, float] | None = None) -> str:
     """
     Values of one slice as an HTML table.
@@ -211,19 +213,21 @@ def table(result: Result, target: str, index: int, point: tuple[float, float] | 
     if point is not None:
         height, width = result.source.slices.shape[1:]
         at = min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)
-    entries = [(layer.title, layer.unit, layer.slices[index]) for layer in layers(result, target)]
+    entries = [(layer.title, layer, layer.slices[index]) for layer in layers(result, target)]
     made = result.made[target]
     if result.reference is not None and result.reference.modality == target:
-        entries.append(("Synthesis − reference", made.unit, difference(result, target, index)))
-    for title, unit, values in entries:
-        here = number(values[at], unit) if at else "–"
-        low, middle, high = (number(value, unit) for value in np.percentile(values, (0, 50, 100)))
+        entries.append(("Synthesis − reference", made, difference(result, target, index)))
+    for title, layer, values in entries:
+        here = layer.number(values[at]) if at else "–"
+        low, middle, high = map(layer.number, np.percentile(values, (0, 50, 100)))
         cells = "".join(f"<td>{cell}</td>" for cell in (low, middle, high))
-        rows.append(f"<tr><th scope=row>{title}</th><td class=point>{here}</td>{cells}<td class=unit>{unit}</td></tr>")
+        rows.append(
+            f"<tr><th scope=row>{title}</th><td class=point>{here}</td>{cells}<td class=unit>{layer.unit}</td></tr>"
+        )
     where = f"row {at[0]}, column {at[1]}" if at else "point at the picture"
     note = ""
     if result.reference is not None and result.reference.modality == target:
-        mean = number(float(np.abs(difference(result, target, index)).mean()), made.unit)
+        mean = made.number(np.abs(difference(result, target, index)).mean())
         note = f"<p>Mean absolute difference over the whole frame of this slice: {mean} {made.unit}.</p>"
     heads = f"<th class=point>{where}</th><th>lowest</th><th>median</th><th>highest</th><th></th>"
     head = f"<tr><th>This slice</th>{heads}</tr>"

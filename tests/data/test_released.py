@@ -434,11 +434,23 @@ def test_a_panel_of_an_unknown_modality_does_not_move_the_others(tmp_path):
 def test_an_answer_in_words_is_one_of_the_options(tmp_path, images, answer, letter):
     (row,), _ = understanding(write_jsonl(tmp_path, [question(images, "", answer)]))
     assert row["answer"] in row["options"] and row["answer"] == letter
+    assert said(row["messages"][1]) == letter  # what is trained is what an evaluation scores
 
 
-def test_a_free_answer_has_no_options(tmp_path):
-    (row,), _ = understanding(write_jsonl(tmp_path, [question(TIA, "Describe it.", "Lower spatial resolution.")]))
-    assert row["options"] == []
+@pytest.mark.parametrize("answer", ["Lower spatial resolution.", "In image B bone is bright.", "A or B"])
+def test_a_free_answer_has_no_options(tmp_path, answer):
+    (row,), _ = understanding(write_jsonl(tmp_path, [question(TIA, "Describe it.", answer)]))
+    assert row["options"] == [] and said(row["messages"][1]) == answer
+
+
+def test_a_picture_that_was_cut_short_is_no_row(tmp_path):
+    lost = ["ct/other_010.png", "mr/other_010.png"]
+    write_jsonl(tmp_path, [question(TIA, "<image><image>", "A"), question(lost, "<image><image>", "B")])
+    file = tmp_path / "slice" / lost[1]
+    file.write_bytes(file.read_bytes()[:-20])
+    rows, problems = understanding(tmp_path)
+    assert [row["answer"] for row in rows] == ["A"]
+    assert any(f"the picture {lost[1]} is damaged" in problem.reason for problem in problems)
 
 
 def test_a_conversation_keeps_all_its_answers(tmp_path):
@@ -563,10 +575,7 @@ def test_time_points_of_brats_are_one_patient(tmp_path):
     assert {row["patient_id"] for row in found} == {"BraTS-GLI-00001"}
 
 
-LONG = [
-    question(TIA, "<image><image>" + "x" * (7 * number % 40), "Description A", case_id=f"case{number}")
-    for number in range(25)
-]
+LONG = [question(TIA, "<image><image>" + "x" * (7 * number % 40), "A", case_id=f"case{number}") for number in range(25)]
 
 
 @pytest.mark.parametrize(

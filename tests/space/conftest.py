@@ -98,6 +98,7 @@ def series(tmp_path):
         for file in sorted(folder.iterdir()):
             header = pydicom.dcmread(file)
             header.PatientName, header.PatientID = "Doe^Jane", "P-4711-XYZ"
+            header.add(pydicom.DataElement("SeriesInstanceUID", "UI", "1.2.Doe", validation_mode=pydicom.config.IGNORE))
             header.save_as(file)
             archive.write(file, f"series/{file.name}")
     return path

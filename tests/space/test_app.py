@@ -1,6 +1,7 @@
 """What lies behind the buttons, without a server."""
 
 import threading
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -131,6 +132,48 @@ def test_a_reference_of_another_place_is_refused(app, scan, tmp_path, monkeypatc
     monkeypatch.setattr(app.pipe, "synthesise_batch", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="shares 0% of its extent with the scan"):
         made(app, scan, reference=(str(tmp_path / "reference.nii.gz"), "CT"))
+
+
+def test_a_target_named_twice_is_made_once(app, scan):
+    shares = [share for share, _ in app.make(str(scan), ["CT"] * 3, "MRI", "brain", **SETTINGS)]
+    assert max(shares) == 1 and list(made(app, scan, targets=["CT"] * 3).syntheses) == ["CT"]
+
+
+def test_work_for_days_is_refused(app, scan, app_module, monkeypatch):
+    monkeypatch.setattr(app_module, "MAX_EVALUATIONS", 9)
+    monkeypatch.setattr(app.pipe, "synthesise_batch", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="5 slices x 2 steps x 1 seeds x 1 targets are 10 evaluations of the model; 9"):
+        made(app, scan, steps=2, samples=1)
+
+
+def test_whoever_leaves_waits_for_nobody_and_the_next_one_for_the_step_that_is_left(app_module):
+    leave, over, order = threading.Event(), threading.Event(), []
+
+    def long_step(report, step):
+        leave.set()
+        over.wait(20)
+        order.append("first")
+
+    first = iter(app_module.Work(long_step))
+    next(first)
+    assert leave.wait(20)
+    begin = time.monotonic()
+    first.close()
+    assert time.monotonic() - begin < 5  # gradio closes it where everybody's requests are served
+    threading.Timer(0.5, over.set).start()
+    second = app_module.Work(lambda report, step: order.append("second"))
+    list(second)
+    assert order == ["first", "second"]
+
+
+def test_what_nobody_needs_any_more_is_cleared_away(app_module, tmp_path):
+    (tmp_path / "upload").mkdir()
+    for name in ("example.png", "tmp12345", "upload/part"):
+        (tmp_path / name).write_bytes(b"x")
+    app_module.clear_away(tmp_path, set(), seconds=1000)
+    assert len(list(tmp_path.rglob("*"))) == 4
+    app_module.clear_away(tmp_path, {tmp_path / "example.png"}, seconds=-1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "example.png"]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import httpx
 import nibabel
@@ -183,7 +184,11 @@ class Tab:
         """The first event that calls this function of the app."""
         return next(event for event in self.events if event["api_name"] == function)
 
-    def send(self, function: str, **values) -> list:
+    def upload(self, file) -> dict:
+        (path,) = self.http.post("/upload", files={"files": (file.name, file.read_bytes())}).json()
+        return {"path": path, "orig_name": file.name, "meta": {"_type": "gradio.FileData"}}
+
+    def send(self, function: str, succeeds: bool = True, **values) -> list:
         """What the page would send, with values by element; others have the value that they begin with."""
         event = self.find(function)
         inputs = [self.parts[part] for part in event["inputs"]]
@@ -198,8 +203,8 @@ class Tab:
             for line in lines.iter_lines():
                 told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
                 if told.get("msg") == "process_completed":
-                    assert told["success"], told
-                    return told["output"]["data"]
+                    assert told["success"] == succeeds, told
+                    return told["output"]["data"] if succeeds else told["output"]["error"]
         raise AssertionError("The server ended the connection before it was done.")
 
 
@@ -217,9 +222,7 @@ def test_a_target_that_was_chosen_before_the_source_is_left_out(space):
 def test_a_slice_of_the_result_before_is_no_error(space, scan):
     """While a new result is being shown, the tab may still send target, slice, view and windows of the last one."""
     tab = Tab(space["address"], "stale-view")
-    with open(scan, "rb") as file:
-        (path,) = tab.http.post("/upload", files={"files": file}).json()
-    given = {"path": path, "orig_name": scan.name, "meta": {"_type": "gradio.FileData"}}
+    given = tab.upload(scan)
     tab.send("offer", source="MRI", region="brain", targets=[])
     tab.send("run", scan=given, source="MRI", region="brain", targets=["CT"], steps=1)
     tab.send("show")
@@ -228,3 +231,30 @@ def test_a_slice_of_the_result_before_is_no_error(space, scan):
     picture, values = tab.send("paint", **old)
     assert picture and "HU" in values
     assert tab.send("write", **old, form="NIfTI", **{"keep-tags": False})
+
+
+def test_a_modality_that_was_found_belongs_to_the_scan_that_is_there(space, scan):
+    tab = Tab(space["address"], "found")
+    given = tab.upload(scan)
+    tab.send("look_at", scan=given)
+    (found,) = [value for value in tab.send("settle", scan=given)[:1]]
+    other = scan.with_name("other.nii.gz")
+    other.write_bytes(scan.read_bytes())
+    assert tab.send("settle", scan=tab.upload(other))[0] is None
+    assert found in (None, "MRI", *checkpoint_sources())
+
+
+def checkpoint_sources():
+    routes = json.loads((checkpoint_path() / "model" / "config.json").read_text())["trained_routes"]
+    return {route.rpartition("/")[2].split("-")[0] for route in routes}
+
+
+@pytest.mark.parametrize("what", ["address", "folder"])
+def test_only_files_that_were_uploaded_are_taken(space, scan, what):
+    """gradio would fetch an address past all limits, and stumble over a folder when it clears away."""
+    tab = Tab(space["address"], f"taken-{what}")
+    given = tab.upload(scan)
+    given["path"] = "https://example.com/scan.nii.gz" if what == "address" else str(Path(given["path"]).parent)
+    for function in ("look_at", "run", "synthesize", "identify"):
+        told = tab.send(function, succeeds=False, scan=given, unnamed=given, source="MRI", target="CT")
+        assert "addresses and folders are not taken" in told

@@ -248,6 +248,14 @@ def test_slope_and_intercept_of_a_nifti_file_are_applied(scan, tmp_path):
     np.testing.assert_array_equal(volume.array, scan * np.float32(0.5) - 24)
 
 
+@pytest.mark.parametrize("unit, factor", [("mm", 1), ("meter", 1e3), ("micron", 1e-3), ("unknown", 1)])
+def test_the_unit_of_a_nifti_counts(scan, tmp_path, unit, factor):
+    image = nibabel.Nifti1Image(scan, np.diag([1 / factor, 1 / factor, 1 / factor, 1]) @ AFFINE)
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "scan.nii")
+    np.testing.assert_allclose(read_volume(tmp_path / "scan.nii").affine, AFFINE, rtol=1e-6)
+
+
 def test_a_big_endian_file_gives_native_numbers(scan, tmp_path):
     header = nibabel.Nifti1Header(endianness=">")
     header.set_data_dtype(np.int16)

@@ -7,8 +7,10 @@ import json
 import nibabel
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from synermedgen_hf import SynerMedGenPipeline, Volume, read_volume, synthesize_volume, write_synthesis
+from synermedgen_hf.volumes.synthesis import _find_body
 from synermedgen_hf.volumes.understanding import understanding_slice
 
 QUICK = {"source": "MRI", "target": "CT", "num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
@@ -139,6 +141,19 @@ def test_air_is_not_computed_and_is_the_targets_floor(identity):
     assert made.record["outside_the_body"] == -1024
     assert (made.volume.array[:, :, [0, 8]] == -1024).all()
     assert (made.volume.array[0] == -1024).all() and made.volume.array[12, 14, 4] > -1024
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (0.7, 1.3), (3, 3), (0.35, 2.2), (6, 8)])
+def test_the_body_has_a_margin_as_a_disc_would_draw_it(spacing):
+    rng = np.random.default_rng(0)
+    array = np.where(ndimage.gaussian_filter(rng.standard_normal((40, 44, 3)), (4, 4, 0)) > 0.1, 0.0, -1000.0)
+    body = _find_body(Volume(array, np.diag([*spacing, 5, 1])), "CT", (-1024, 3071), "axial")
+    columns, rows = (max(1, round(5 / side)) for side in spacing)
+    y, x = np.ogrid[-rows : rows + 1, -columns : columns + 1]
+    disc = (y / rows) ** 2 + (x / columns) ** 2 <= 1
+    for place in range(3):
+        wanted = ndimage.binary_fill_holes(ndimage.binary_dilation(array[..., place].T > -500, disc))
+        np.testing.assert_array_equal(body[..., place].T, wanted)
 
 
 def test_a_mask_says_what_is_body(identity):

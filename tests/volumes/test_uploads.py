@@ -106,6 +106,13 @@ class TestWhatIsTaken:
         upload = read_upload(path)
         assert upload.format == "MetaImage" and sorted(upload.volume.array.ravel()) == sorted(scan.ravel())
 
+    def test_a_dicom_file_that_begins_like_a_tiff(self, send):
+        """Some have both heads, for viewers of either kind."""
+        pytest.importorskip("SimpleITK")
+        content = dicom_slice(0)
+        upload = read_upload(send(b"II*\x00" + content[4:], ".dcm"))
+        assert upload.format == "DICOM" and upload.volume.array.shape == (128, 128, 1)
+
     def test_a_zip_of_a_dicom_series_with_what_lies_around_it(self, send):
         pytest.importorskip("SimpleITK")
         files = {f"series/IM{place}": dicom_slice(place) for place in range(4)}
@@ -191,6 +198,17 @@ class TestWhatIsRefused:
         message = refused(send(gzip.compress(bytes(content)), ".nii.gz"), UploadLimits(voxels=40_000_000))
         assert "10 slices of 2000 x 2000 would fit" in message and "5.8 times as long" in message
 
+    @pytest.mark.parametrize("offset", [1 << 30, 1e12])
+    def test_voxels_that_begin_far_behind_the_header(self, send, scan, offset):
+        content = bytearray(nifti(scan))
+        content[108:112] = np.float32(offset).tobytes()
+        limits = UploadLimits(unpacked_bytes=10**7)
+        assert "begin at byte" in refused(send(gzip.compress(bytes(content)), ".nii.gz"), limits)
+
+    @pytest.mark.parametrize("sides", [(0.015, 0.015, 0.015), (1, 1, 500), (0.1, 1, 20)])
+    def test_voxels_of_no_scan(self, send, scan, sides):
+        assert "The scan's voxels are" in refused(send(nifti(scan, np.diag([*sides, 1])), ".nii"))
+
     def test_four_dimensions(self, send):
         assert "three dimensions" in refused(send(nifti(np.zeros((9, 9, 9, 2), np.int16)), ".nii"))
 
@@ -262,6 +280,13 @@ class TestZips:
         message = refused(send(bytes(content), ".zip"), UploadLimits(unpacked_bytes=1_000_000))
         assert "damaged" in message or "more than it says" in message
 
+    @pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_a_way_of_packing_that_cannot_be_unpacked_bit_by_bit(self, send, packing):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", packing) as archive:
+            archive.writestr("IM0", bytes(128) + b"DICM" + bytes(10**6))
+        assert "packed in an unusual way" in refused(send(file.getvalue(), ".zip"))
+
     def test_too_many_files(self, send):
         files = {str(number): b"" for number in range(30)}
         assert "30 files" in refused(send(zipped(files), ".zip"), UploadLimits(files=20))
@@ -286,6 +311,27 @@ class TestZips:
 
     def test_a_slice_that_says_it_is_enormous(self, send):
         assert "at most" in refused(send(zipped({"a": dicom_slice(0, Rows=30000, Columns=30000)}), ".zip"))
+
+    def test_a_deflated_header(self, send):
+        dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        dataset.add_new(0x00091001, "OB", bytes(10**7))
+        file = io.BytesIO()
+        dataset.save_as(file)
+        assert len(file.getvalue()) < 10**5
+        assert "deflated" in refused(send(file.getvalue(), ".dcm"))
+
+    def test_far_more_beside_the_voxels_than_a_series_has(self, send):
+        dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+        dataset.add_new(0x00090010, "LO", "ME")
+        dataset.add_new(0x00091001, "OB", bytes(40 << 20))
+        file = io.BytesIO()
+        dataset.save_as(file)
+        assert "carry far more" in refused(send(zipped({"IM0": file.getvalue()}), ".zip"))
+
+    def test_frames_that_add_up_to_few(self, send):
+        files = {"IM0": dicom_slice(0, NumberOfFrames=3000), "IM1": dicom_slice(1, NumberOfFrames=-2998)}
+        assert "several frames" in refused(send(zipped(files), ".zip"))
 
     def test_a_colour_screenshot(self, send):
         assert "colour" in refused(send(zipped({"a": dicom_slice(0, SamplesPerPixel=3)}), ".zip"))

@@ -17,6 +17,7 @@ from nibabel.spatialimages import HeaderDataError
 from .dicom import Series, list_series, read_series  # noqa: F401 (where one looks for them)
 
 NIFTI = (".nii", ".nii.gz")
+UNITS_IN_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}  # of a NIfTI's affine
 ITK_READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
 ITK = tuple(ITK_READERS)
 EXTENSIONS = NIFTI + ITK
@@ -190,7 +191,9 @@ def _read_nifti(path: Path) -> Volume:
             image = image.slicer[(slice(None),) * 3 + (0,) * (len(image.shape) - 3)]
         if len(image.shape) != 3:
             raise ValueError(f"{path} has shape {image.shape}: a volume of three dimensions is needed.")
-        if not _spans_space(image.affine):
+        affine = image.affine.copy()
+        affine[:3] *= UNITS_IN_MM[image.header.get_xyzt_units()[0]]
+        if not _spans_space(affine):
             raise ValueError(f"{path} has no usable affine: its axes do not span space.")
         if not image.header["sform_code"] and not image.header["qform_code"]:
             raise ValueError(
@@ -202,7 +205,7 @@ def _read_nifti(path: Path) -> Volume:
         raise ValueError(f"{path} cannot be read: it is damaged or not complete ({error}).") from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} holds {array.dtype}: one real number a voxel is needed.")
-    return _turned(array, image.affine)
+    return _turned(array, affine)
 
 
 def _read_itk(path: Path) -> Volume:

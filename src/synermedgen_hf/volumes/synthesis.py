@@ -323,13 +323,13 @@ def _find_body(volume: Volume, modality: str, window: tuple[float, float], axis:
     body = volume.array > BODY_ABOVE.get(modality, low + MR_BODY_SHARE * (high - low))
     spacing = slice_spacing(volume, axis)[1:]
     rows, columns = (max(1, round(BODY_MARGIN_MM / side)) for side in spacing)
-    y, x = np.ogrid[-rows : rows + 1, -columns : columns + 1]
-    disc = (y / rows) ** 2 + (x / columns) ** 2 <= 1
     planes = slices_of(Volume(body, volume.affine), axis)
     for plane in planes:
         if plane.any():
-            # Closing first, so that a thin gap in the skin does not open the inside.
-            plane[...] = ndimage.binary_fill_holes(ndimage.binary_dilation(plane, disc))
+            # Closing first, so that a thin gap in the skin does not open the inside. By distance: a disc would be as
+            # large as voxels are small.
+            margins = ndimage.distance_transform_edt(~plane, sampling=(1 / rows, 1 / columns))
+            plane[...] = ndimage.binary_fill_holes(margins <= 1 + 1e-9)
     return body
 
 

@@ -35,6 +35,9 @@ METAIMAGE_NAMES = {
     for name in ("ObjectType", "NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "ElementDataFile")
 }
 ENTRY_BYTES = 1024  # at most, on the average, of a zip's list of contents: 46, a name, what an archiver adds
+MAX_HEADER = 16 << 20  # bytes of a file before or beside its voxels: extensions, private elements
+DEFLATED_DICOM = "1.2.840.10008.1.2.1.99"  # the one transfer syntax whose header is compressed, too
+VOXEL_MM, MAX_RATIO = (0.02, 100.0), 100.0  # sides of voxels that are taken, and how unequal they may be
 END_OF_PNG = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 # In memory for every voxel while a volume is synthesised: as read, float32, mean and deviation, a copy to write.
 BYTES_PER_VOXEL = 40
@@ -127,7 +130,9 @@ def read_upload(path: str | os.PathLike, limits: UploadLimits | None = None) -> 
         if format in PICTURES.values():
             return _read_picture(scan, format, limits)
         try:
-            return Upload(read_volume(scan), format)
+            volume = read_volume(scan)
+            _check_spacing(volume)
+            return Upload(volume, format)
         except (ValueError, MemoryError) as error:
             # The place is ours and gone by now; only the reason is of use.
             reason = str(error).replace(f"{scan}: ", "").replace(str(scan), f"The {format} file")
@@ -165,6 +170,11 @@ def unpacked(path: str | os.PathLike, limits: UploadLimits | None = None) -> Ite
 
 
 def _unpack(file, start: bytes, path: Path, folder: Path, limits: UploadLimits) -> tuple[Path, str]:
+    if start[128:132] == b"DICM":  # before all others: its first 128 bytes may be anything, even a TIFF's
+        (folder / "series").mkdir()
+        _named(path, folder / "series" / "000000.dcm")
+        _check_dicom(folder / "series", limits)
+        return folder / "series", "DICOM"
     for magic, format in PICTURES.items():
         if start.startswith(magic):
             return path, format
@@ -178,11 +188,6 @@ def _unpack(file, start: bytes, path: Path, folder: Path, limits: UploadLimits) 
         return _named(path, folder / "scan.mha"), "MetaImage"
     if start.startswith(b"PK\x03\x04"):
         return _unzip(file, folder / "series", limits), "DICOM"
-    if start[128:132] == b"DICM":
-        (folder / "series").mkdir()
-        _named(path, folder / "series" / "000000.dcm")
-        _check_dicom(folder / "series", limits)
-        return folder / "series", "DICOM"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<script")):
         raise ValueError(f"This is a web page or a drawing (HTML, SVG), whatever its name says. Send {KNOWN}.")
@@ -229,6 +234,17 @@ def _check_size(shape: tuple[int, ...], itemsize: int, limits: UploadLimits):
         )
 
 
+def _check_spacing(volume: Volume):
+    """Raise a `ValueError` for voxels of no scan: what counts in mm, or makes them square, would take for ever."""
+    sides = volume.spacing
+    if min(sides) < VOXEL_MM[0] or max(sides) > VOXEL_MM[1] or max(sides) > MAX_RATIO * min(sides):
+        said = " x ".join(f"{side:.3g}" for side in sides)
+        raise ValueError(
+            f"The scan's voxels are {said} mm; from {VOXEL_MM[0]} to {VOXEL_MM[1]:.0f} mm are taken, one side at most "
+            f"{MAX_RATIO:.0f} times another. Correct the header, or resample the scan."
+        )
+
+
 def _is_nifti(start: bytes) -> bool:
     sizes = (348, 540)
     return len(start) >= 348 and any(int.from_bytes(start[:4], order) in sizes for order in ("little", "big"))
@@ -245,6 +261,9 @@ def _check_nifti(start: bytes, size: int | None, limits: UploadLimits) -> int:
     except (HeaderDataError, WrapStructError, ValueError, KeyError, OverflowError) as error:
         raise ValueError("The NIfTI header cannot be read: the file is damaged or something else.") from error
     _check_size(shape, itemsize, limits)
+    # Up to there lie extensions, which are read into memory as they are.
+    if not 0 <= offset <= MAX_HEADER:
+        raise ValueError(f"The NIfTI header says that its voxels begin at byte {offset:,}: it is damaged or a trap.")
     whole = offset + prod(shape) * itemsize
     if size is not None and size < whole:
         raise ValueError(f"The NIfTI file is not complete: {whole:,} bytes by its header, {size:,} are there.")
@@ -381,6 +400,9 @@ def _check_member(member: zipfile.ZipInfo):
         raise ValueError("The zip holds a path that leads out of it: it is refused. Pack the series anew.")
     if stat.S_ISLNK(member.external_attr >> 16):
         raise ValueError("The zip holds a link instead of a file: it is refused. Pack the files themselves.")
+    # Of other ways of packing, zipfile unpacks whatever it has read at once, however much that becomes.
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("The zip is packed in an unusual way: pack it as an ordinary zip (deflate).")
     if member.flag_bits & 1:
         raise ValueError("The zip is locked with a password: pack it without one.")
 
@@ -391,18 +413,27 @@ def _check_dicom(folder: Path, limits: UploadLimits):
     except ImportError:
         raise ImportError("Reading DICOM needs pydicom: pip install 'synermedgen-hf[dicom]'.") from None
     tags = ["Rows", "Columns", "NumberOfFrames", "SeriesInstanceUID", "SamplesPerPixel"]
-    series, slices, sides = set(), 0, []
+    series, slices, sides, beside = set(), 0, [], 0
     for file in sorted(folder.iterdir()):
         try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
-            rows, columns = int(header.get("Rows", 0)), int(header.get("Columns", 0))
-            slices += int(header.get("NumberOfFrames") or 1)
+            packed = pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED_DICOM
+            if not packed:
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
+                rows, columns = int(header.get("Rows", 0)), int(header.get("Columns", 0))
+                frames = int(header.get("NumberOfFrames") or 1)
         except Exception as error:  # pydicom raises nearly anything on a damaged file
             raise ValueError("A DICOM file is damaged or not complete: send the series again.") from error
+        if packed:  # nobody knows how large it is before it is unpacked
+            raise ValueError("The DICOM series is deflated, header and all: export it uncompressed.")
         if not rows or not columns:
             file.unlink()  # a DICOMDIR, a report: no image
-            slices -= 1
             continue
+        if frames != 1:
+            raise ValueError("The DICOM files hold several frames each, which are not read: export single slices.")
+        slices += 1
+        beside += max(0, file.stat().st_size - 8 * rows * columns)
+        if beside > MAX_HEADER + slices * (MAX_HEADER // 16):
+            raise ValueError("The DICOM files carry far more beside their voxels than a series does: they are refused.")
         if int(header.get("SamplesPerPixel") or 1) != 1:
             raise ValueError("The DICOM series is in colour: a scan slice is grey. Screenshots cannot be used.")
         series.add(str(header.get("SeriesInstanceUID")))
