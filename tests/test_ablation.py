@@ -62,11 +62,11 @@ def commands(steps, kind):
 
 
 def test_arms_differ_in_their_questions_alone(options):
-    steps = run.make_steps(options())
+    steps = run.make_steps(options("--untaught", "init"))
     recipe = yaml.safe_load((FOLDER.parent / "recipes" / "understanding_tiny.yaml").read_text())
     known = dict(zip(recipe["tasks"], map(str, recipe["task_shares"]), strict=True))
     stage1 = commands(steps, "Stage I")
-    assert set(stage1) == {*run.ARMS} - {"none"}
+    assert set(stage1) == {*run.ARMS} - {"none", "untaught"}
     questions = {}
     for arm, command in stage1.items():
         start, end = command.index("--dataset_config"), command.index("--output_dir")
@@ -83,14 +83,14 @@ def test_arms_differ_in_their_questions_alone(options):
     assert set(stage2) == {*run.ARMS}
     start = {arm: command.index("--pretrained_model_name_or_path") + 1 for arm, command in stage2.items()}
     starts = {arm: stage2[arm].pop(start[arm]) for arm in stage2}
-    assert starts.pop("none").endswith("/base")
+    assert starts.pop("none").endswith("/base") and starts.pop("untaught") == "init"
     assert all(path.endswith("ARM/stage1/pipeline") for path in starts.values())
     assert len({tuple(command) for command in stage2.values()}) == 1
 
 
 def test_every_arm_is_evaluated_on_both_kinds_of_scanners_and_three_of_them_without_stage_two(options):
     steps = run.make_steps(options("--seeds", 4, 5))
-    for arm in run.ARMS:
+    for arm in {*run.ARMS} - {"untaught"}:
         for scanner in ("usual", "unseen"):
             step = next(one for one in steps if one.folder.parts[-3:] == ("seed5", arm, scanner))
             assert step.command[step.command.index("--phantom-scanner") + 1] == scanner
@@ -112,6 +112,15 @@ def test_a_folder_is_that_of_one_ablation_which_may_grow(options):
     assert (config["seeds"], config["arms"]) == ([0, 1], ["none", "all"])
     assert {"seed0/none/stage2", "seed1/all/stage1"} < config["steps"].keys()
     assert config["Stage II"]["freeze"] == "detach"
+    (few.base.parent / "init").mkdir()
+    (few.base.parent / "init" / "model.safetensors").write_bytes(b"random")
+    wider = options("--untaught", few.base.parent / "init")
+    run.claim(wider, run.make_steps(wider))
+    assert "seed0/untaught/stage2" in json.loads((more.output_dir / "config.json").read_text())["steps"]
+    run.claim(more, run.make_steps(more))
+    (few.base.parent / "init" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(SystemExit, match="another --untaught"):
+        run.claim(wider, run.make_steps(wider))
     other = options("--test_cases", 3)
     with pytest.raises(SystemExit, match="other settings .settings."):
         run.claim(other, run.make_steps(other))
@@ -235,7 +244,7 @@ def test_the_table_holds_mean_and_spread_over_seeds(ablation):
     ]
     assert "| whole-body/CT-PET | 70.10 ± 0.10 | 80.10 ± 0.10 | 75.10 ± 0.10 |" in text
     assert text == (ablation / "report.md").read_text()
-    assert "CTS by CTS + MI + TIA: 60.0 ± 0.0 % right, chance 25 %: learned." in text
+    assert "CTS by CTS + MI + TIA: 60.0 ± 0.0 % right, by the base 25.0 %, chance 25 %: learned." in text
 
 
 def test_the_verdict_follows_the_figures_whichever_way_they_fall(ablation):
@@ -280,8 +289,30 @@ def test_what_was_not_learned_is_said(ablation):
     folder.rmdir()
     write_answers(folder, 0.27)  # its interval holds the chance of 25 %
     text = report.write_report(ablation)
-    assert "CTS by CTS + MI + TIA: 49.0 ± 19.1 % right, chance 25 %: not shown to be learned" in text
-    assert "CTS by CTS + MI + TIA, random CTS negatives: 60.0 ± 0.0 % right, chance 25 %: learned." in text
+    assert (
+        "CTS by CTS + MI + TIA: 49.0 ± 19.1 % right, by the base 25.0 %, chance 25 %: not shown to be learned" in text
+    )
+    assert "random CTS negatives: 60.0 ± 0.0 % right, by the base 25.0 %, chance 25 %: learned." in text
+
+
+def test_what_the_base_knew_already_is_not_what_stage_one_taught(ablation):
+    (ablation / "base" / "answers" / "summary.json").unlink()
+    (ablation / "base" / "answers").rmdir()
+    write_answers(ablation / "base" / "answers", 0.58)
+    assert "by the base 58.0 %, chance 25 %: known, but not shown to be better" in report.write_report(ablation)
+
+
+def test_routes_count_alike_however_many_a_patient_has():
+    """Some patients have many routes, others one: the mean over routes, its interval and its test are of one figure."""
+    rng = np.random.default_rng(0)
+    many = [(f"brain/T{number}", f"brats {one}") for number in range(12) for one in range(8)]
+    cells = many + [("pelvis/CT-MRI", f"synthrad {one}") for one in range(8)]
+    before = {cell: rng.uniform(0.5, 0.9) for cell in cells}
+    after = {cell: value + (0.02 if "brats" in cell[1] else -0.015) for cell, value in before.items()}
+    found = report.difference({0: after}, {0: before})
+    assert found["difference"] == pytest.approx((12 * 0.02 - 0.015) / 13)
+    assert found["interval"] == pytest.approx([found["difference"]] * 2)  # every patient says the same of its routes
+    assert found["p"] < 0.05
 
 
 def test_other_cases_are_refused():

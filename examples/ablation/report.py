@@ -14,19 +14,20 @@
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import permutation_test, t
 
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.metrics.comparison import read_cases
 from synermedgen_hf.metrics.protocols import check_same_protocol
 from synermedgen_hf.metrics.report import markdown_table
 from synermedgen_hf.metrics.runs import CASES
-from synermedgen_hf.metrics.statistics import correct_p_values, interval_of_mean, paired_p_value
+from synermedgen_hf.metrics.statistics import correct_p_values
 
 REPORT, CURVES, CONFIG = "report.md", "curves.png", "config.json"
 SEEDS_WANTED = 3
@@ -103,13 +104,15 @@ def read_cells(folder: Path) -> dict[str, Cells]:
 def read_runs(output: Path, config: dict, folder: str) -> dict[str, dict[int, dict[str, Cells]]]:
     """Arm to seed to figures, of the evaluations called `folder` that are done. Zero-shot `none` has no seed."""
     runs: dict[str, dict[int, dict[str, Cells]]] = {}
+    known: dict[Path, dict[str, Cells]] = {}
     for arm in config["arms"]:
         for seed in config["seeds"]:
             place = output / f"seed{seed}" / arm / folder
             if arm == "none" and folder.startswith("zero-"):
                 place = output / "base" / folder
             if (place / CASES).exists():
-                runs.setdefault(arm, {})[seed] = read_cells(place)
+                known[place] = known.get(place) or read_cells(place)
+                runs.setdefault(arm, {})[seed] = known[place]
     return runs
 
 
@@ -164,7 +167,8 @@ def overview(output: Path, config: dict, runs, copied: dict[str, Cells] | None) 
         for task in ("CTS", "MI", "TIA"):
             found = [own[task]["likelihood"]["accuracy"] for own in answers if task in own]
             asked.append(with_spread(found[:1] if arm == "none" else found, 100, 1))
-        lines.append([NAMES[arm], len(seeds), *asked, *figures(list(seeds.values()))])
+        several = list({id(own): own for own in seeds.values()}.values())  # the base is one, whatever the seed
+        lines.append([NAMES[arm], len(several), *asked, *figures(several)])
     if copied is not None:
         lines.append(["(the source, copied)", "", "", "", "", *figures([copied])])
     return markdown_table(columns, lines)
@@ -199,7 +203,7 @@ def difference(first: dict[int, Cells], second: dict[int, Cells]) -> dict:
 
     Returns:
         `dict`: `difference` (first minus second, mean over seeds, routes and patients), its `interval` over patients,
-        `p` of the paired test over patients, `patients`, `by_seed`, the difference under each seed, and
+        `p` of a test by flipping signs of patients, `patients`, `by_seed`, the difference under each seed, and
         `seed_interval`, Student's 95 % interval of their mean (`None` for one seed).
 
     Raises:
@@ -211,20 +215,49 @@ def difference(first: dict[int, Cells], second: dict[int, Cells]) -> dict:
         if first[seed].keys() != second[seed].keys() or sorted(first[seed]) != cells:
             raise ValueError(f"Seed {seed} was not evaluated on the same cases in both: evaluate them alike.")
     table = np.array([[first[seed][cell] - second[seed][cell] for cell in cells] for seed in seeds])
+    # Every route counts the same, and in it every patient: what each patient adds to the mean.
+    in_route = Counter(route for route, _ in cells)
+    table = table / np.array([in_route[route] * len(in_route) for route, _ in cells])
+    routes_of: dict[str, list[str]] = {}
+    for route, patient in cells:
+        routes_of.setdefault(patient, []).append(route)
     patients, number = np.unique([patient for _, patient in cells], return_inverse=True)
-    sums, counts = np.bincount(number, weights=table.mean(0)), np.bincount(number)
-    by_seed, seed_interval = table.mean(1), None
+    added = np.bincount(number, weights=table.mean(0))
+    # Patients are drawn among those with the same routes: else a route would count more in one draw than in another.
+    strata = [[n for n, one in enumerate(patients) if routes_of[one] == own] for own in unique(routes_of.values())]
+    by_seed, seed_interval = table.sum(1), None
     if len(seeds) > 1:
         half = t.ppf(0.975, len(seeds) - 1) * by_seed.std(ddof=1) / len(seeds) ** 0.5
         seed_interval = [float(by_seed.mean() - half), float(by_seed.mean() + half)]
     return {
-        "difference": float(table.mean()),
-        "interval": interval_of_mean(sums, counts),
-        "p": paired_p_value(sums / counts),
+        "difference": float(added.sum()),
+        "interval": interval_of_sum([added[stratum] for stratum in strata]),
+        "p": sign_flip_p_value(added),
         "patients": len(patients),
         "by_seed": dict(zip(seeds, by_seed.tolist(), strict=True)),
         "seed_interval": seed_interval,
     }
+
+
+def unique(lists: Iterable[list]) -> list[list]:
+    return [list(one) for one in dict.fromkeys(map(tuple, lists))]
+
+
+def interval_of_sum(strata: list[np.ndarray], bootstrap: int = 10_000, seed: int = 0) -> list[float] | None:
+    """Where a sum over patients lies in 95 of 100 draws with replacement from each stratum; `None` for one patient."""
+    if sum(map(len, strata)) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = sum(own[rng.integers(len(own), size=(bootstrap, len(own)))].sum(1) for own in strata)
+    return np.percentile(drawn, [2.5, 97.5]).tolist()
+
+
+def sign_flip_p_value(added: np.ndarray) -> float | None:
+    """Two-sided p-value of the sum over patients if either arm were as good: all signs are then equally likely."""
+    if len(added) < 2:
+        return None
+    found = permutation_test((added,), np.sum, permutation_type="samples", n_resamples=100_000, rng=0)
+    return float(found.pvalue)
 
 
 def compare_arms(runs, comparisons: Iterable[Comparison], metric: str = "ssim") -> dict[Comparison, dict]:
@@ -283,8 +316,8 @@ def in_words(found: dict[Comparison, dict], names: dict[str, str] = NAMES) -> st
 
 
 def what_was_learned(output: Path, config: dict) -> str:
-    """Whether Stage I taught its tasks at all: without that, Stage II says nothing of the claim."""
-    said = []
+    """Whether Stage I taught its tasks, beyond what the base knew: without that, Stage II says little of the claim."""
+    said, base = [], read_answers(output, "none", 0)
     for task, arms in (("CTS", ("all", "no-mi", "no-tia", "random")), ("MI", ("all",)), ("TIA", ("all",))):
         for arm in arms:
             answers = [read_answers(output, arm, seed) for seed in config["seeds"] if arm in config["arms"]]
@@ -292,11 +325,17 @@ def what_was_learned(output: Path, config: dict) -> str:
             if not found:
                 continue
             answered = [own["likelihood"] for own in found]
-            above = [own["interval"] and own["interval"][0] > found[0]["chance"] for own in answered]
+            before = base[task]["likelihood"]["accuracy"] if task in base else found[0]["chance"]
+            lowest = min(own["interval"][0] if own["interval"] else 0 for own in answered)
             share = with_spread([own["accuracy"] for own in answered], 100, 1)
             chance = f"{100 * found[0]['chance']:.0f} %"
-            verdict = "learned" if all(above) else "not shown to be learned: what follows says little of this task"
-            said.append(f"- {task} by {NAMES[arm]}: {share} % right, chance {chance}: {verdict}.")
+            verdict = "learned"
+            if lowest <= found[0]["chance"]:
+                verdict = "not shown to be learned: what follows says little of this task"
+            elif lowest <= before:
+                verdict = "known, but not shown to be better than by the base: what follows says little of this task"
+            beside = f"by the base {100 * before:.1f} %, chance {chance}"
+            said.append(f"- {task} by {NAMES[arm]}: {share} % right, {beside}: {verdict}.")
     return "\n".join(said) or "Not asked yet."
 
 

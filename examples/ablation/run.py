@@ -201,16 +201,20 @@ def read_yaml(path: Path) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+def checksum(pipeline: Path) -> str:
+    weights = hashlib.sha256()
+    for file in sorted(pipeline.rglob("*.safetensors")):
+        weights.update(file.read_bytes())
+    return weights.hexdigest()
+
+
 def claim(args, steps: list[Step]):
     """Write `config.json`, or refuse a folder that holds another ablation."""
-    weights = hashlib.sha256()
-    for file in sorted(args.base.rglob("*.safetensors")):
-        weights.update(file.read_bytes())
-    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "arms", "plan")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "arms", "plan", "untaught")}
     config = {
         # As JSON will have them, to be compared with what was written.
         "settings": json.loads(json.dumps(settings, default=str)),
-        "checksum of the base": weights.hexdigest(),
+        "checksum of the base": checksum(args.base),
         "Stage I": read_yaml(args.stage1_recipe),
         "Stage II": read_yaml(args.stage2_recipe),
     }
@@ -222,6 +226,10 @@ def claim(args, steps: list[Step]):
                 f"{args.output_dir} holds an ablation with other settings ({', '.join(changed)}): see {CONFIG}. Choose "
                 "another --output_dir."
             )
+    if args.untaught:  # an arm of its own, which may come later
+        config["untaught"] = {"pipeline": str(args.untaught), "checksum": checksum(args.untaught)}
+    if before.get("untaught") and config.setdefault("untaught", before["untaught"]) != before["untaught"]:
+        raise SystemExit(f"{args.output_dir} holds an ablation with another --untaught: {before['untaught']}.")
     config["seeds"] = sorted({*before.get("seeds", []), *args.seeds})
     config["arms"] = [arm for arm in ARMS if arm in {*before.get("arms", []), *args.arms}]
     config["steps"] = before.get("steps", {}) | {
