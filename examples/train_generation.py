@@ -16,7 +16,8 @@ then ViT patches), the instruction, and the noised latents of the target, whose 
 * `--lora_rank` trains adapters on the generation expert alone.
 * Every sample is a function of the seed and its number: see [`~synermedgen_hf.data.flow_matching.PairBatches`]. Every
   target token counts the same, whatever batch, micro-batch or process it is in.
-* Checkpoints appear whole or not at all. `--resume_from_checkpoint latest` continues to the same weights to the bit.
+* Checkpoints appear whole or not at all. `--resume_from_checkpoint latest` continues to the same weights, on a CPU
+  to the bit; on a GPU some sums have no fixed order.
 """
 
 import argparse

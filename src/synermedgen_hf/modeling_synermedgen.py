@@ -513,7 +513,7 @@ class SynerMedGenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_attention_backend = True
     # The way into and out of the latent space is a thousandth of the weights and decides the picture: kept at float32
-    # in half precision, and left out of quantisation.
+    # under float16 (bfloat16 has float32's range), and left out of quantisation.
     _keep_in_fp32_modules = [r"(model\.)?vae2llm", "llm2vae", r"(model\.)?time_embedder"]
 
     @classmethod

@@ -162,6 +162,7 @@ def faults(figures: dict) -> list[str]:
         "somebody got another's picture": figures["of_another_visitor"] > 0,
         "the order is not fair": high - low > max(2, 0.25 * high) or figures["overtaken_share"] > 0.05,
         "memory grows": late > 1.1 * early,
+        "it was there too late": figures["start_s"] > 15,
         "files stay that nobody gets": figures["files_that_stayed"] > 0,
     }
     return [fault for fault, found in checks.items() if found]

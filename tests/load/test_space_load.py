@@ -4,7 +4,7 @@ import pytest
 from space_load import faults, overtaken, run_load, waits
 
 FINE = {"lost": 0, "asked": 9, "served": 9, "of_another_visitor": 0, "served_per_client": [3, 3]}
-FINE |= {"overtaken_share": 0.0, "memory_mb": [900, 905], "files_that_stayed": 0}
+FINE |= {"overtaken_share": 0.0, "memory_mb": [900, 905], "files_that_stayed": 0, "start_s": 11.0}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ FINE |= {"overtaken_share": 0.0, "memory_mb": [900, 905], "files_that_stayed": 0
         {"overtaken_share": 0.3},
         {"memory_mb": [900, 1100]},
         {"files_that_stayed": 1},
+        {"start_s": 16.0},
     ],
 )
 def test_what_counts_as_a_fault(change):

@@ -14,7 +14,8 @@ STAMP = {"name": "made"}
 
 def record(patient, slice_index=0, route="brain/T1-T2", protocol=STAMP, **metrics):
     identity = {"dataset": "made", "case_id": f"case-{patient}", "route": route, "slice_index": slice_index}
-    return {**identity, "patient": f"p{patient}", "protocol": protocol, "metrics": metrics}
+    measured = {"shape": [8, 8], "spacing": [1.0, 1.0], "range": None, "voxels": 40}
+    return {**identity, "patient": f"p{patient}", "protocol": protocol, "metrics": metrics, "measured": measured}
 
 
 @pytest.fixture
@@ -145,3 +146,11 @@ def test_what_is_not_finished_is_refused(evaluation, tmp_path):
 def test_an_interval_of_one_patient_and_a_test_of_none():
     assert interval_of_mean(np.array([3.0]), np.array([2])) is None
     assert paired_p_value(np.array([0.3])) is None and paired_p_value(np.zeros(5)) == 1.0
+
+
+def test_other_scans_of_the_same_name_are_refused(evaluation):
+    """Such as the same data set preprocessed in two ways."""
+    one = [record(number, ssim_frame=0.5) for number in range(3)]
+    other = [one[0], one[1] | {"measured": one[1]["measured"] | {"shape": [16, 16]}}, one[2]]
+    with pytest.raises(ValueError, match=r"case-1 .*not the same scan in both .*: shape \[8, 8\] and \[16, 16\]"):
+        compare(evaluation("one", one), evaluation("other", other))

@@ -30,6 +30,7 @@ def record(route="brain/T1-T2", case="c0", patient=None, slice_index=0, protocol
     metrics = metrics or {"ssim_frame": 0.5, "mae_frame": 1.0}
     identity = {"dataset": "made", "case_id": case, "route": route, "slice_index": slice_index}
     shown = {"picture": picture} if picture else {}
+    shown["measured"] = {"shape": [4, 4], "spacing": [1.0, 1.0], "range": None, "voxels": 9}
     return {**identity, "patient": patient or case, "seed": 0, "protocol": protocol, "metrics": metrics, **shown}
 
 

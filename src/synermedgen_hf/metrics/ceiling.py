@@ -25,7 +25,7 @@ from ..data.synermed import phantom_records
 from ..hub import check_folder
 from ..image_processing_synermedgen import SynerMedGenImageProcessor, set_codec
 from ..loading_synermedgen import weights_checksum
-from .protocols import PROTOCOLS, evaluate_case
+from .protocols import PROTOCOLS, VERSION, evaluate_case
 from .runs import CASES, claim_folder, read_records
 
 
@@ -193,6 +193,7 @@ def measure_ceiling(
         image_processor = type(image_processor)(**{**image_processor.to_dict(), "intensity": intensity})
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype, use_safetensors=True).eval()
     arguments = {
+        "metrics": VERSION,
         **data,
         "model": str(model),
         "checksum of the VAE": weights_checksum(vae),
@@ -271,21 +272,23 @@ def summarise(records: Iterable[dict], intensity: dict[str, dict]) -> dict[str, 
         intensity (`dict`): The image processor's windows.
 
     Returns:
-        `dict[str, dict]`: Modality to `unit`, `cases`, `slices`, `protocol`, `metrics`; in the order of `intensity`.
+        `dict[str, dict]`: Modality to `unit`, `cases`, `slices`, `protocol`, `metrics`; in the order of `intensity`. A
+        modality that was measured under two stamps, as with a mask and without, comes twice, its area in the name.
     """
-    by_modality: dict[str, list[dict]] = {}
+    by_modality: dict[str, dict[str, list[dict]]] = {}
     for record in records:
-        by_modality.setdefault(record["modality"], []).append(record)
+        stamp = json.dumps(record["protocol"], sort_keys=True)
+        by_modality.setdefault(record["modality"], {}).setdefault(stamp, []).append(record)
     return {
-        modality: {
+        modality if len(by_modality[modality]) == 1 else f"{modality} ({own[0]['protocol']['area']})": {
             "unit": intensity[modality]["unit"],
-            "cases": len(own := by_modality[modality]),
+            "cases": len(own),
             "slices": sum(record["slices"] for record in own),
             "protocol": own[0]["protocol"],
             "metrics": _means([record["metrics"] for record in own]),
         }
         for modality in intensity
-        if modality in by_modality
+        for own in by_modality.get(modality, {}).values()
     }
 
 

@@ -30,7 +30,7 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
 
     Raises:
         `FileNotFoundError`: A folder holds no finished evaluation.
-        `ValueError`: A case is in one of them only, or the protocols differ.
+        `ValueError`: A case is in one of them only or is another scan there, or the protocols differ.
     """
     for folder in (first, second):
         read_summary(folder)
@@ -44,6 +44,12 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
     for name, record in one.items():
         if record["protocol"] != other[name]["protocol"]:
             check_same_protocol([record, other[name]])
+        if (here := record["measured"]) != (there := other[name]["measured"]):
+            unlike = [f"{key} {here[key]} and {there.get(key)}" for key in here if here[key] != there.get(key)]
+            raise ValueError(
+                f"{' '.join(str(part) for part in name if part is not None)} is not the same scan in both evaluations: "
+                f"{'; '.join(unlike)}."
+            )
         for metric, value in record["metrics"].items():
             paired = other[name]["metrics"].get(metric)
             if value is not None and paired is not None:

@@ -46,6 +46,7 @@ from .baselines import (
     IntensityMapping,
     TrainedNetwork,
     check_codec,
+    codec_settings,
     fit_mapping,
     read_network,
     route_of,
@@ -196,7 +197,7 @@ def evaluate(
         "split": split,
         "level": level,
         "protocol": protocol,
-        "intensity": codec.intensity,
+        "codec": codec_settings(codec),
         "baseline": baseline,
     }
     if baseline is None:
@@ -223,7 +224,10 @@ def evaluate(
         if not (output / CASES).exists():
             if baseline == "mapping":
                 with processes.main_process_first():
-                    predict = IntensityMapping(codec, _fit(output, builder, codec, names))
+                    # On scanners of the training, whatever those are that are evaluated.
+                    usual = {name: value for name, value in options.items() if name != "phantom_scanner"}
+                    training = builder if usual == options else _open_pairs(usual, list(routes), known)[0]
+                    predict = IntensityMapping(codec, _fit(output, training, codec, names))
             judge = Judge(predict, codec, protocol, level, batch_size, seed)
             own = range(processes.process_index, rows.num_shards, processes.num_processes)
             progress = tqdm(own, desc=split, unit="case", disable=not processes.is_main_process)

@@ -45,6 +45,8 @@ def check_pair(prediction, reference, mask=None) -> tuple[np.ndarray, np.ndarray
     mask = np.asarray(mask)
     if mask.shape != reference.shape:
         raise ValueError(f"The mask has shape {mask.shape} and the images {reference.shape}: they must share one grid.")
+    if bad := int(mask.size - np.count_nonzero(np.isfinite(mask))):
+        raise ValueError(f"{bad} of {mask.size} values of the mask are NaN or infinite.")
     return prediction, reference, mask > 0
 
 
