@@ -583,7 +583,7 @@ def check(args):
     if args.use_8bit_adam and args.muon_learning_rate is not None:
         raise SystemExit("--use_8bit_adam and --muon_learning_rate are two optimizers: choose one.")
     if args.use_8bit_adam and find_spec("bitsandbytes") is None:
-        raise SystemExit("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+        raise SystemExit("--use_8bit_adam needs bitsandbytes: pip install 'synermedgen-hf[quantization]'")
     if args.streaming and is_simulated(args) and not args.phantom_cases:
         raise SystemExit("--streaming needs --data_dir, --phantom_cases or --dataset_name.")
 

@@ -1,7 +1,6 @@
 """Stage II run for real at tiny size: what is learned, what stays, what survives a kill, what is refused and saved."""
 
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -55,6 +54,7 @@ MODES = {
     "none": {"freeze": "none", "lr_scheduler": "cosine"},
     "accumulated": {"gradient_accumulation_steps": 2, "freeze": "grad"},
     "Muon": {"muon_learning_rate": 0.02, "lr_scheduler": "cosine"},
+    "8 bit": {"use_8bit_adam": True},
     "stream": STREAM,
     "LoRA": LORA,
 }
@@ -482,9 +482,9 @@ def test_arguments_that_do_not_fit_are_refused(train, tmp_path, capsys, options,
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is there")
-def test_what_must_be_installed_is_said(train, tmp_path):
-    with pytest.raises(SystemExit, match="pip install bitsandbytes"):
+def test_what_must_be_installed_is_said(script, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"needs bitsandbytes: pip install 'synermedgen-hf\[quantization\]'"):
         train(tmp_path / "out", use_8bit_adam=True)
 
 

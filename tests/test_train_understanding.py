@@ -214,9 +214,6 @@ def test_the_eyes_stay_where_that_is_asked_for(start, train, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {**LORA, "load_in_4bit": True}], ids=["float32", "4 bit"])
 def test_a_generation_expert_that_changed_is_found_and_nothing_is_saved(script, train, tmp_path, monkeypatch, options):
-    if options:
-        pytest.importorskip("bitsandbytes")
-
     def damage(trainer, **kwargs):
         name = "model.language_model.layers.1.mlp_moe_gen.up_proj.weight"
         parameters = dict(trainer.model.named_parameters())
@@ -230,7 +227,6 @@ def test_a_generation_expert_that_changed_is_found_and_nothing_is_saved(script, 
 
 
 def test_adapters_of_a_quantised_model_leave_it_as_it_is_and_go_into_the_weights_as_stored(train, start, tmp_path):
-    pytest.importorskip("bitsandbytes")
     said = train(tmp_path / "out", load_in_4bit=True, merge_adapter=True, **{**LORA, **BRIEF})
     assert re.search(r"The generation expert is untouched: checksum [0-9a-f]{64}", said)
     before = weights(start)
