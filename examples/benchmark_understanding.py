@@ -7,6 +7,7 @@ Runs of one comparison take turns. Seconds belong to one machine; ratios travel.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -156,7 +157,7 @@ def long_batch(config, images: int = 5, side: int = 17):
 
 
 def memory(args, *_):
-    """Peak of a process of its own, less that of the weights and their gradients."""
+    """Peak of a step in a process of its own, weights and their gradients included."""
     peaks = {}
     for name in ("plain", "checkpointed"):
         command = [sys.executable, "-c", MEMORY, str(HERE), name]
@@ -169,23 +170,28 @@ def memory(args, *_):
 
 
 def first_step(args, model, processor, rows):
-    """From the command to the end of the first step, the questions being cached."""
+    """From the command to the first step that is logged, the questions being cached."""
     command = [sys.executable, str(HERE / "train_understanding.py"), "--max_steps", "1", "--report_to", "none"]
     command += ["--model_name_or_path", str(args.model or checkpoint_path()), "--max_length", "4096"]
     command += ["--phantom_cases", str(args.patients), "0", "0", "--per_device_train_batch_size", str(args.batch_size)]
     command += ["--save_strategy", "no", "--bf16", "False", "--use_cpu", str(not torch.cuda.is_available())]
-    seconds = []
+    command += ["--logging_steps", "1", "--disable_tqdm", "True"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     for _ in range(2):  # the first run fills the cache
         with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            output = ["--output_dir", folder]
-            subprocess.run(command + output, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            seconds.append(time.perf_counter() - start)
+            start, seconds = time.perf_counter(), None
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            with subprocess.Popen([*command, "--output_dir", folder], env=environment, **how) as process:
+                for line in process.stdout:
+                    if seconds is None and "'loss'" in line:
+                        seconds = time.perf_counter() - start
+            if process.returncode or seconds is None:
+                raise RuntimeError("The training did not come to its first step.")
     imports = [sys.executable, "-c", "import trl, synermedgen_hf; from trl import SFTTrainer"]
     start = time.perf_counter()
     subprocess.run(imports, check=True)
     imported = time.perf_counter() - start
-    print(f"to the end of the first step and of the process: {seconds[1]:.1f} s, of which imports {imported:.1f} s")
+    print(f"to the end of the first step: {seconds:.1f} s, of which imports {imported:.1f} s")
 
 
 PARTS = {"grouping": length_grouping, "encoding": encoding, "memory": memory, "first_step": first_step}

@@ -599,6 +599,13 @@ def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("options", [("--no-label-images",), ("--difficulty", "easy"), ("--seed", 3)])
+def test_questions_that_are_there_already_are_asked_as_they_are(evaluate, options, tmp_path):
+    done = evaluate(*options)
+    assert done.exit_code and "leave out --label-images, --difficulty" in " ".join(done.output.split())
+    assert not (tmp_path / "scores").exists()
+
+
 def test_understanding_is_evaluated_question_by_question(evaluate, tmp_path):
     done = evaluate()
     assert done.exit_code == 0

@@ -519,6 +519,16 @@ def evaluate_understanding(
         asked = {"seed": seed, "difficulty": difficulty.value, "label_images": labels}
         builder = load_dataset_builder("synermed", config.value, **asked, **scans)
         rows = builder.as_streaming_dataset(split=split)
+        if builder.config.released:  # its questions are as they are
+            if label_images is not None or difficulty != Difficulty.hard or seed != 0:
+                raise ValueError(
+                    f"{data_dir} holds questions, which are asked as they are: leave out --label-images, --difficulty "
+                    "and --seed, which are for questions made of scans."
+                )
+            asked = dict.fromkeys(asked)
+            if told.label_images:
+                warning = "Warning: these weights were trained with labels before images, which these questions lack."
+                typer.secho(warning, err=True, fg=typer.colors.YELLOW)
 
         if missing := [part for part in told.missing_parts if part in parts]:
             raise ValueError(f"{source} came without its {' and '.join(missing)} weights: it cannot answer questions.")
