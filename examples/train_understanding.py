@@ -229,7 +229,7 @@ def check_start(facts: dict, checkpoint: str | Path | None):
     and the others would come twice or never.
 
     Args:
-        facts (`dict`): What the training starts from, as [`write_start`] keeps it; a part of it will do.
+        facts (`dict`): What the training starts from, as `main` keeps it beside the checkpoints; a part of it will do.
         checkpoint (`str` or `Path`, *optional*): What is gone on from.
 
     Raises:

@@ -177,9 +177,16 @@ def train(args, data: torch.Tensor, image_processor, accelerator: Accelerator) -
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     step, folder = 0, checkpoint_to_resume(args, LASTING)
+    windows = json.loads(json.dumps(image_processor.intensity))
     # The order of slices starts anew after a resumption; everything else continues.
     if folder is not None:
-        step = load_checkpoint(accelerator, folder, None)["step"]
+        state = load_checkpoint(accelerator, folder, None)
+        step, before = state["step"], state.get("windows")
+        if before != windows:
+            raise SystemExit(
+                f"{folder} was trained on other windows than these{'' if before else ', or did not say which'}: start "
+                "anew in another --output_dir."
+            )
 
     clear_leftovers(args.output_dir)
     minutes, log = open_log(args.output_dir / "log.jsonl", step)
@@ -218,7 +225,7 @@ def train(args, data: torch.Tensor, image_processor, accelerator: Accelerator) -
                 log.flush()
             if step % args.checkpointing_steps == 0:
                 folder = args.output_dir / f"checkpoint-{step}"
-                state = {"step": step, "settings": lasting_settings(args, LASTING)}
+                state = {"step": step, "settings": lasting_settings(args, LASTING), "windows": windows}
                 save_checkpoint(accelerator, folder, state, None, args.checkpoints_total_limit)
             done = step >= args.max_train_steps
             if done:

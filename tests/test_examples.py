@@ -118,6 +118,8 @@ def test_an_autoencoder_of_own_scans_sees_each_slice_once_in_own_windows(work):
     scans = ["--data_dir", work / "scans", "--intensity", work / "windows.json", "--num_proc", 1]
     train_vae(work / "vae_of_scans", scans, 2)
     assert (work / "vae_of_scans" / "vae" / "config.json").exists()
+    with pytest.raises(SystemExit, match="was trained on other windows than these: start anew"):
+        train_vae(work / "vae_of_scans", [*scans[:2], "--num_proc", 1], 4, "--resume_from_checkpoint", "latest")
 
     script = run("train_vae")
     rows = script.load_pairs(script.parse_args(list(map(str, ["--output_dir", work, *scans]))), "train", False, 1)

@@ -540,6 +540,20 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(train, arguments, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["detach", "none", "accumulated", "LoRA"])
+def test_two_processes_that_share_out_the_weights_do_what_two_whole_ones_do(arguments, start, tmp_path, mode):
+    """FSDP2, with the settings of the configuration that the recipes name."""
+    in_processes("train_generation", arguments(tmp_path / "whole", **MODES[mode]), 2)
+    in_processes("train_generation", arguments(tmp_path / "sharded", **MODES[mode]), 2, sharded=True)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    assert largest_difference(weights(tmp_path / "sharded"), weights(tmp_path / "whole")) < 1e-4
+    once = killed(tmp_path / "sharded", tmp_path / "once", keep=2)
+    options = MODES[mode] | {"resume_from_checkpoint": "latest"}
+    in_processes("train_generation", arguments(once, **options), 2, sharded=True)
+    assert result(once) == result(tmp_path / "sharded")
+
+
+@pytest.mark.slow
 def test_two_processes_read_shares_of_a_stream_of_different_length(arguments, tmp_path):
     """Three patients on one, one on the other; a pool is longer than that."""
     options = {"streaming": True, "stream_pool": 40, "train_batch_size": 1}

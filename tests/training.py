@@ -39,9 +39,12 @@ def fill_disk(monkeypatch, module, name: str):
     monkeypatch.setattr(module, "write_whole", fills_up)
 
 
-def in_processes(script: str, arguments: list[str], count: int, timeout: int = 300, succeeds: bool = True):
+def in_processes(
+    script: str, arguments: list[str], count: int, timeout: int = 300, succeeds: bool = True, sharded: bool = False
+):
     """`torchrun` on the CPU; after `timeout` seconds it ends its processes, as it does when it is told to end."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    launch += [str(Path(__file__).parent / "sharded_on_cpu.py")] if sharded else []
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*launch, str(EXAMPLES / f"{script}.py"), *arguments], env=environment) as process:
         try:

@@ -98,9 +98,9 @@ def uploaded_only(file: gr.File):
     move = file.async_move_resource_to_block_cache
 
     async def checked(path):
-        if path is not None and not Path(path).is_file():
+        if "://" in str(path) or Path(path).is_dir():
             raise gr.Error("Upload the file itself: addresses and folders are not taken.", print_exception=False)
-        return await move(path)
+        return await move(path) if Path(path).exists() else str(path)  # `check_kept` says what has become of it
 
     file.async_move_resource_to_block_cache = checked
 
@@ -112,13 +112,13 @@ def clear_away(folder: Path, kept: set[Path], seconds: float):
     """
     for place, _, names in os.walk(folder, topdown=False):
         for path in {Path(place) / name for name in names} - kept:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # gone meanwhile
                 told = path.stat()
                 if time.time() - max(told.st_mtime, told.st_ctime) > seconds:
                     path.unlink()
-        if Path(place) != folder and time.time() - Path(place).stat().st_mtime > seconds:
-            with suppress(OSError):
-                Path(place).rmdir()  # if it is empty
+        with suppress(OSError):  # gone, or not empty
+            if Path(place) != folder and time.time() - Path(place).stat().st_mtime > seconds:
+                Path(place).rmdir()
 
 
 def keep_clear(folder: Path):
@@ -128,7 +128,7 @@ def keep_clear(folder: Path):
     def work():
         while True:
             time.sleep(60)
-            clear_away(folder, kept, KEPT_SECONDS + 60)
+            clear_away(folder, kept, KEPT_SECONDS)
 
     threading.Thread(target=work, daemon=True).start()
 

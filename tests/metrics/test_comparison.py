@@ -152,5 +152,5 @@ def test_other_scans_of_the_same_name_are_refused(evaluation):
     """Such as the same data set preprocessed in two ways."""
     one = [record(number, ssim_frame=0.5) for number in range(3)]
     other = [one[0], one[1] | {"measured": one[1]["measured"] | {"shape": [16, 16]}}, one[2]]
-    with pytest.raises(ValueError, match=r"case-1 .*not the same scan in both .*: shape \[8, 8\] and \[16, 16\]"):
+    with pytest.raises(ValueError, match=r"case-1 .*was not measured alike in both .*: shape \[8, 8\] and \[16, 16\]"):
         compare(evaluation("one", one), evaluation("other", other))

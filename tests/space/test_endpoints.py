@@ -258,3 +258,10 @@ def test_only_files_that_were_uploaded_are_taken(space, scan, what):
     for function in ("look_at", "run", "synthesize", "identify"):
         told = tab.send(function, succeeds=False, scan=given, unnamed=given, source="MRI", target="CT")
         assert "addresses and folders are not taken" in told
+
+
+def test_an_upload_that_has_been_cleared_away_is_said_to_be_gone(space, scan):
+    tab = Tab(space["address"], "gone")
+    given = tab.upload(scan)
+    Path(given["path"]).unlink()
+    assert "no longer kept after 15 minutes" in tab.send("look_at", succeeds=False, scan=given)

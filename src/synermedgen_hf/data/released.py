@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from .pairs import encode_slice, is_wanted
 from .sources import BRATS_TIME_POINT, Problem
 from .splits import SPLITS, hash_unit
-from .understanding import find_modalities, parse_answer, parse_listing, parse_modality
+from .understanding import CALLED, find_modalities, parse_answer, parse_listing, parse_modality
 
 PARQUET, JSONL, SLICES = "SynerMed.parquet", "SynerMed.jsonl", "slice"
 RANGE_BYTES = 64 << 20  # of the JSON lines in one shard
@@ -28,10 +28,8 @@ WINDOW = {"unit": "grey level", "low": 0.0, "high": 255.0}
 
 REGION_WORDS = (("brain", r"\bbrain|\bhead\b"), ("pelvis", r"\bpelvi"), ("whole-body", r"whole[- ]body"))
 MARKER = "<image>"
-LETTER_ALONE = re.compile(
-    r"\W*(?:the\s+)?(?:(?:correct\s+)?answer\s*(?:is|:)?\W*)?(?:option|description|candidate|choice|image)?\W*[a-z]\W*",
-    re.IGNORECASE,
-)
+# A letter that is the whole answer: a description of what changes may well say "image B".
+LETTER_ALONE = re.compile(rf"\W*(?i:the\s+)?(?i:(?:correct\s+)?answer\s*(?:is|:)?\W*)?(?:{CALLED})?\W*[A-Za-z]\W*")
 
 
 def find_released(root: str | Path) -> dict[str, str]:
@@ -284,8 +282,7 @@ def _understanding_row(line: dict, offset: int) -> tuple[dict, list[str]]:
     else:
         task = {5: "CTS", 2: "TIA"}.get(len(names), "")
         options = ["A", "B", "C", "D"] if task in ("CTS", "TIA") else []
-        # A letter that is the whole answer: a description may well say "image B".
-        letter = parse_answer(answer, options) if options and LETTER_ALONE.fullmatch(answer) else None
+        letter = parse_answer(answer, options) if task == "CTS" or options and LETTER_ALONE.fullmatch(answer) else None
         if letter and letter != answer:
             first = [role for role, _ in turns].index("gpt")
             turns[first] = ("gpt", letter)
@@ -349,7 +346,9 @@ def _with_pictures(row: dict, slices: Path) -> dict:
             raise ValueError(f"there is no picture {name} in {SLICES}/")
         content = file.read_bytes()
         try:
-            PILImage.open(io.BytesIO(content)).verify()  # one that was cut short would stop a training in its middle
+            # One that was cut short would stop a training in its middle. Decoding alone forgives a PNG its last bytes.
+            PILImage.open(io.BytesIO(content)).verify()
+            PILImage.open(io.BytesIO(content)).load()
         except Exception as error:  # whatever the reader of the format raises
             raise ValueError(f"the picture {name} is damaged: {error}") from error
         pictures.append({"bytes": content, "path": None})

@@ -610,7 +610,7 @@ _SPOKEN = re.compile(
     rf"""
     (?P<FLAIR>\bt2f\b|\b(?:t2[\s/-]*)?flair\b(?:\s*\(?\s*mri?\b\)?)?)
     | (?P<T1>\bt1n\b|\bt1{_WEIGHTED}[\s(]*(?:without|before|pre-?)\s*(?:contrast|gadolinium|gd)(?:\s*agent)?
-        |\b(?:non|not|no)[\s-]+{_CONTRAST}[\s-]*t1{_WEIGHTED})
+        |\b(?:non|not|no|pre|without)[\s-]+(?:{_CONTRAST}|ce|gd)[\s-]*t1{_WEIGHTED})
     | (?P<T1CE>\b(?:{_CONTRAST}|ce|gd)[\s-]*t1{_WEIGHTED}|\bt1[\s_-]*(?:ce|c|gd|\+\s*c|\+\s*gd|contrast)\b{_WEIGHTED}
         |\bt1{_WEIGHTED}[\s,(-]*(?:{_CONTRAST}|ce|gd)\b(?:\s*mri?\b)?
         |\bt1{_WEIGHTED}[\s(]*(?:with|after|post-?)\s*(?:contrast|gadolinium|gd)(?:\s*agent)?)
@@ -625,10 +625,10 @@ _SPOKEN = re.compile(
 )
 # A letter that is meant as one: "a" may be an article, unless the text ends there.
 _LETTER = r"([A-Z]\b|[b-z]\b|a\b(?=\W*$))"
-_CALLED = r"(?i:option|description|candidate|panel|choice|image|letter)"
+CALLED = r"(?i:option|description|candidate|panel|choice|image|letter)"
 _LETTER_FORMS = (
-    rf"\b(?i:answer)\b(?i:\s+is)?\W*(?:{_CALLED}\W*)?{_LETTER}",
-    rf"\b{_CALLED}\b\W*{_LETTER}",
+    rf"\b(?i:answer)\b(?i:\s+is)?\W*(?:{CALLED}\W*)?{_LETTER}",
+    rf"\b{CALLED}\b\W*{_LETTER}",
     r"^[\"'(\[*]*([A-Z])[\"'*]*\s*[.:,)\]]",
     r"\(([A-Za-z])\)",
     r"^(A)\b(?=\s+(?:is|matches|fits|belongs|corresponds|shows)\b)",
@@ -637,8 +637,9 @@ _LETTER_FORMS = (
 )
 # Several letters, between which a text does not choose.
 _ONE = r"(?:[A-HJ-Z]|[b-z])\b(?![-'’])"
-_BETWEEN = rf"(?:/|&|,?\s*\b(?:or|and)\b|,(?=\s*{_ONE}(?:\W*$|\s*,|\s+(?:or|and)\b)))"
-_SEVERAL = re.compile(rf"\b{_ONE}(?:\s*{_BETWEEN}\s*(?:{_CALLED}\s+)?{_ONE})+")
+# Between them a comma, an "or" or an "and", if no clause follows: "B, and C is wrong" has chosen.
+_BETWEEN = rf"(?:/|&|(?:,|,?\s*\b(?:or|and)\b)(?=\s*(?:{CALLED}\s+)?{_ONE}(?:\W*$|[.?!]|\s*,|\s+(?:or|and)\b)))"
+_SEVERAL = re.compile(rf"\b{_ONE}(?:\s*{_BETWEEN}\s*(?:{CALLED}\s+)?{_ONE})+")
 # A panel's letter and its label, which may hold a comma where it is quoted.
 _PANEL = re.compile(
     r"""(?:^|[\s"'\[{(,;])([A-Za-z])["']?\s*[:=]\s*(?:"([^":\n]+)"(?=\s*(?:[,;\])}\n]|$))|["']?([^"',;\]}\n]+))"""
@@ -705,9 +706,8 @@ def _parse_letter(text: str, options: Sequence[str]) -> str | None:
     else:
         found = next(filter(None, (list(re.finditer(form, text)) for form in _LETTER_FORMS)), [])
         undecided = [match.span() for match in _SEVERAL.finditer(text)]
-        if any(start <= match.start(1) < end for match in found for start, end in undecided):
-            return None
-        letters = {match[1].upper() for match in found}
+        chosen = [match for match in found if not any(start <= match.start(1) < end for start, end in undecided)]
+        letters = {match[1].upper() for match in chosen}
     return letters.pop() if len(letters) == 1 and letters <= set(options) else None
 
 

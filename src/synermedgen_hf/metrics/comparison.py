@@ -47,8 +47,8 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         if (here := record["measured"]) != (there := other[name]["measured"]):
             unlike = [f"{key} {here[key]} and {there.get(key)}" for key in here if here[key] != there.get(key)]
             raise ValueError(
-                f"{' '.join(str(part) for part in name if part is not None)} is not the same scan in both evaluations: "
-                f"{'; '.join(unlike)}."
+                f"{' '.join(str(part) for part in name if part is not None)} was not measured alike in both "
+                f"evaluations, another scan or another window: {'; '.join(unlike)}."
             )
         for metric, value in record["metrics"].items():
             paired = other[name]["metrics"].get(metric)

@@ -153,7 +153,7 @@ def summarise(records: Iterable[dict], bootstrap: int = 1000, seed: int = 0) -> 
     Returns:
         `dict[str, dict]`: For each route, and for each stamp if a route has several (cases with and without a mask),
 
-        - `route`, `cases`, `patients`, `protocol` (the stamp), `checksum` of the cases' names and sizes;
+        - `route`, `cases`, `patients`, `protocol` (the stamp), `checksum` of the cases' names, grids and areas;
         - `metrics`: for each metric `mean` over its `n` cases where it is defined, and `interval`, which holds the mean
           in 95 of 100 draws of patients (`None` for a single patient);
         - `ranked_by`: the metric that tells the best case from the worst, and its `median`.
@@ -191,7 +191,8 @@ class _Sums:
 
     def add(self, record: dict):
         self.cases += 1
-        self.names.update(json.dumps([name_of(record), record["measured"]]).encode())
+        measured = [record["measured"][name] for name in ("shape", "spacing", "voxels")]
+        self.names.update(json.dumps([name_of(record), measured]).encode())
         patient = self.patients.setdefault(record["patient"], len(self.patients))
         for name, value in record["metrics"].items():
             if value is not None:

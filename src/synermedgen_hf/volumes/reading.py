@@ -17,7 +17,7 @@ from nibabel.spatialimages import HeaderDataError
 from .dicom import Series, list_series, read_series  # noqa: F401 (where one looks for them)
 
 NIFTI = (".nii", ".nii.gz")
-UNITS_IN_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}  # of a NIfTI's affine
+UNITS_IN_MM = {1: 1000.0, 2: 1.0, 3: 0.001}  # of a NIfTI's affine by its code: m, mm, micrometres
 ITK_READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
 ITK = tuple(ITK_READERS)
 EXTENSIONS = NIFTI + ITK
@@ -192,7 +192,7 @@ def _read_nifti(path: Path) -> Volume:
         if len(image.shape) != 3:
             raise ValueError(f"{path} has shape {image.shape}: a volume of three dimensions is needed.")
         affine = image.affine.copy()
-        affine[:3] *= UNITS_IN_MM[image.header.get_xyzt_units()[0]]
+        affine[:3] *= UNITS_IN_MM.get(int(image.header["xyzt_units"]) & 7, 1.0)  # the other bits are of time
         if not _spans_space(affine):
             raise ValueError(f"{path} has no usable affine: its axes do not span space.")
         if not image.header["sform_code"] and not image.header["qform_code"]:
