@@ -631,6 +631,11 @@ def main(args):
     if is_sharded and (args.muon_learning_rate is not None or args.use_8bit_adam):
         name = "--use_8bit_adam" if args.use_8bit_adam else "--muon_learning_rate"
         raise SystemExit(f"{name} needs whole matrices, and FSDP shares them out: use AdamW.")
+    if is_sharded and args.freeze == "none":
+        raise SystemExit(
+            "--freeze none cannot be shared out by FSDP: where a batch drops all pictures the ViT has no gradient, and "
+            "processes would wait for each other. Use --freeze detach or grad, or DDP."
+        )
     if is_sharded:  # or every card would keep whole gradients from one micro-batch to the next
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     logger.setLevel(logging.INFO if is_main else logging.ERROR)

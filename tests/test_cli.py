@@ -684,8 +684,7 @@ def test_answers_of_another_evaluation_stay(evaluate, tmp_path):
     evaluate("--no-text", "--limit", 2)
     before = contents(tmp_path / "scores")
     for arguments, says in (
-        (["--seed", 5, "--no-text"], "seed 0 (now 5)"),
-        (["--no-text", "--difficulty", "easy"], "difficulty 'hard' (now 'easy')"),
+        (["--no-text", "--split", "test"], "split 'train' (now 'test')"),
         (["--text"], "text False (now True)"),
         (["--no-text", "--dtype", "bfloat16"], "dtype 'float32' (now 'bfloat16')"),
     ):

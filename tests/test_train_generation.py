@@ -540,7 +540,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(train, arguments, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["detach", "none", "accumulated", "LoRA"])
+@pytest.mark.parametrize("mode", ["detach", "accumulated", "LoRA"])
 def test_two_processes_that_share_out_the_weights_do_what_two_whole_ones_do(arguments, start, tmp_path, mode):
     """FSDP2, with the settings of the configuration that the recipes name."""
     in_processes("train_generation", arguments(tmp_path / "whole", **MODES[mode]), 2)
@@ -551,6 +551,13 @@ def test_two_processes_that_share_out_the_weights_do_what_two_whole_ones_do(argu
     options = MODES[mode] | {"resume_from_checkpoint": "latest"}
     in_processes("train_generation", arguments(once, **options), 2, sharded=True)
     assert result(once) == result(tmp_path / "sharded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"freeze": "none"}, {"muon_learning_rate": 0.02}, {"use_8bit_adam": True}])
+def test_what_cannot_be_shared_out_is_refused(arguments, tmp_path, options):
+    in_processes("train_generation", arguments(tmp_path / "out", **options), 2, succeeds=False, sharded=True)
+    assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
 @pytest.mark.slow
