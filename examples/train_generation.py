@@ -58,6 +58,7 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
@@ -635,6 +636,11 @@ def main(args):
         raise SystemExit(
             "--freeze none cannot be shared out by FSDP: where a batch drops all pictures the ViT has no gradient, and "
             "processes would wait for each other. Use --freeze detach or grad, or DDP."
+        )
+    if is_sharded and args.mixed_precision == "bf16":
+        # accelerate would round inputs, such as timesteps and the weights of tokens, and gradients that are summed up.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if is_sharded:  # or every card would keep whole gradients from one micro-batch to the next
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True

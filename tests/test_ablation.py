@@ -88,6 +88,19 @@ def test_arms_differ_in_their_questions_alone(options):
     assert len({tuple(command) for command in stage2.values()}) == 1
 
 
+@pytest.mark.parametrize("stage", ["understanding", "generation"])
+def test_the_short_version_differs_from_the_recipe_in_what_it_says(stage):
+    short = yaml.safe_load((FOLDER / f"{stage}.yaml").read_text())
+    whole = yaml.safe_load((FOLDER.parent / "recipes" / f"{stage}_tiny.yaml").read_text())
+    changed = {name for name in short.keys() | whole.keys() if short.get(name) != whole.get(name)}
+    steps = {"understanding": "max_steps", "generation": "max_train_steps"}[stage]
+    assert whole[steps] / short[steps] == {"understanding": 4, "generation": 8}[stage]
+    logged = {name for name in changed if name.startswith(("logging", "eval", "save", "checkpointing", "validation"))}
+    sizes = {"understanding": {"phantom_cases", "per_case", "warmup_steps"}, "generation": {"lr_warmup_steps"}}[stage]
+    sizes |= {"ema_decay", "train_batch_size"} if stage == "generation" else {"dataset_num_proc", "report_to"}
+    assert changed - logged - {steps, "output_dir", "model_name_or_path", "pretrained_model_name_or_path"} == sizes
+
+
 def test_every_arm_is_evaluated_on_both_kinds_of_scanners_and_three_of_them_without_stage_two(options):
     steps = run.make_steps(options("--seeds", 4, 5))
     for arm in {*run.ARMS} - {"untaught"}:

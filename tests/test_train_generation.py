@@ -554,6 +554,14 @@ def test_two_processes_that_share_out_the_weights_do_what_two_whole_ones_do(argu
 
 
 @pytest.mark.slow
+def test_sharded_training_in_half_precision_sees_what_whole_training_sees(arguments, tmp_path):
+    options = {"mixed_precision": "bf16", "max_train_steps": 2}
+    in_processes("train_generation", arguments(tmp_path / "whole", **options), 2)
+    in_processes("train_generation", arguments(tmp_path / "sharded", **options), 2, sharded=True)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=0.01)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"freeze": "none"}, {"muon_learning_rate": 0.02}, {"use_8bit_adam": True}])
 def test_what_cannot_be_shared_out_is_refused(arguments, tmp_path, options):
     in_processes("train_generation", arguments(tmp_path / "out", **options), 2, succeeds=False, sharded=True)

@@ -71,6 +71,18 @@ def test_other_data_have_another_fingerprint(rows, encoder):
     assert len(set(prints)) == 4 and PairPool(rows, encoder).fingerprint == prints[0]
 
 
+def test_a_volume_that_was_replaced_is_noticed_among_many(encoder):
+    """A CT that was registered anew has the same name, slices and window as before."""
+    before = rows_of(*(case(number) for number in range(40)))
+    after = [dict(row) for row in before]
+    replaced = {row["slice_index"]: row for row in rows_of(case(99)) if row["target_modality"] == "CT"}
+    for row in after:
+        for side in ("source", "target"):
+            if row["case_id"] == "case17" and row[f"{side}_modality"] == "CT":
+                row[f"{side}_image"] = replaced[row["slice_index"]]["target_image"]
+    assert PairPool(after, encoder).fingerprint != PairPool(before, encoder).fingerprint
+
+
 def test_every_route_comes_equally_often_and_every_pair_once_before_any_again(batches):
     own = batches()
     routes = own.order.routes

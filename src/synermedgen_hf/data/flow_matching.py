@@ -31,7 +31,7 @@ from .routes import ROUTES, Route
 from .sources import CaseRecord, LoadedCase, measure_windows
 
 LENGTHS = 6  # batches that the samples of a step are sorted into at least
-_SAMPLED = 64  # slices whose content counts towards the fingerprint of a pool
+_SAMPLED = 4096  # volumes of which a slice's content counts towards the fingerprint of a pool, at most about so many
 _PLACE = ("dataset", "case_id", "region", "axis", "slice_index")
 _COLUMNS = (
     *_PLACE,
@@ -121,7 +121,10 @@ class PairPool:
         return self.known_grids[number]
 
     def _fingerprint(self) -> str:
-        """Of every pair's place, windows and instructions, and of the content of some slices: other data, another."""
+        """
+        Of every pair's place, windows and instructions, and of the content of every volume's middle slice: with a
+        volume replaced, these are other data.
+        """
         state = hashlib.sha256()
         for route, pairs in self.pairs.items():
             asked = (route.source, route.target)
@@ -129,8 +132,11 @@ class PairPool:
             state.update(json.dumps([route.name, said]).encode())
         for stored in self.stored:
             state.update(json.dumps([stored.case, stored.modality, stored.window]).encode())
-        for stored in self.stored[:: max(1, len(self.stored) // _SAMPLED)]:
-            state.update(stored.content())
+        volumes: dict[tuple[str, str], list[StoredSlice]] = {}
+        for stored in self.stored:
+            volumes.setdefault((stored.case, stored.modality), []).append(stored)
+        for slices in islice(volumes.values(), 0, None, max(1, len(volumes) // _SAMPLED)):
+            state.update(slices[len(slices) // 2].content())
         return state.hexdigest()
 
     def __getitem__(self, number: int) -> EncodedSlice:
