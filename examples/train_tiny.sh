@@ -6,9 +6,10 @@ set -euo pipefail
 
 out=src/synermedgen_hf/checkpoints/synermedgen-tiny
 
-# 1. Simulated patients (kept in runs/phantom) and the autoencoder. (That of the bundled weights was trained with PET on a
-# linear scale, and works with it on this one.)
-python examples/train_vae.py --intensity examples/recipes/windows_tiny.json --output_dir runs/vae --max_train_steps 2000 --resume_from_checkpoint latest
+# 1. Simulated patients (kept in runs/phantom) and the autoencoder. (That of the bundled weights was trained with PET on
+# a linear scale, and works with it on this one.)
+python examples/train_vae.py --intensity examples/recipes/windows_tiny.json --output_dir runs/vae \
+    --max_train_steps 2000 --resume_from_checkpoint latest
 
 # 2. Random transformer, tokenizer, image processor, and that autoencoder; then what a base model brings along.
 python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init

@@ -46,7 +46,7 @@ from synermedgen_hf.data.understanding import TaskSampler
 from synermedgen_hf.image_processing_synermedgen import to_display
 from synermedgen_hf.processing_synermedgen import MODALITY_NAMES, REGION_NAMES
 from synermedgen_hf.volumes.reading import check_finite, resample, same_grid, shared_extent, slices_of
-from synermedgen_hf.volumes.synthesis import checksums, synthesize_volume, write_synthesis
+from synermedgen_hf.volumes.synthesis import checksums, default_axis, synthesize_volume, write_synthesis
 from synermedgen_hf.volumes.understanding import region_axis, understanding_slice
 from synermedgen_hf.volumes.uploads import Upload, UploadLimits, free_memory, read_upload, unpacked
 from synermedgen_hf.volumes.writing import write_dicom_series
@@ -372,12 +372,12 @@ class App:
         arguments |= {"image_guidance_scale": float(image_guidance), "progress": False, "weights": self.weights}
         if upload.white is not None:  # a picture is one axial slice, whatever the target
             arguments["axis"] = "axial"
-        axis = arguments.get("axis") or region_axis(volume, region or None)
-        slices = len(slices_of(volume, axis))
-        if (asked := slices * int(steps) * int(samples) * len(targets)) > MAX_EVALUATIONS:
+        axes = [arguments.get("axis") or default_axis([source], target, region or None) for target in targets]
+        slices = sum(len(slices_of(volume, axis)) for axis in axes)
+        if (asked := slices * int(steps) * int(samples)) > MAX_EVALUATIONS:
             raise ValueError(
-                f"{slices} slices x {int(steps)} steps x {int(samples)} seeds x {len(targets)} targets are {asked:,} "
-                f"evaluations of the model; {MAX_EVALUATIONS:,} are done in one run. Choose fewer, or run the package."
+                f"{slices} slices x {int(steps)} steps x {int(samples)} seeds are {asked:,} evaluations of the model; "
+                f"{MAX_EVALUATIONS:,} are done in one run. Choose fewer steps, seeds or targets, or run the package."
             )
         measured = None
         if reference is not None:

@@ -142,7 +142,7 @@ def test_a_target_named_twice_is_made_once(app, scan):
 def test_work_for_days_is_refused(app, scan, app_module, monkeypatch):
     monkeypatch.setattr(app_module, "MAX_EVALUATIONS", 9)
     monkeypatch.setattr(app.pipe, "synthesise_batch", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(ValueError, match="5 slices x 2 steps x 1 seeds x 1 targets are 10 evaluations of the model; 9"):
+    with pytest.raises(ValueError, match="5 slices x 2 steps x 1 seeds are 10 evaluations of the model; 9 are done"):
         made(app, scan, steps=2, samples=1)
 
 

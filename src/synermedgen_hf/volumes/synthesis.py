@@ -12,7 +12,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -130,9 +130,7 @@ def synthesize_volume(
     first = next(iter(volumes.values()))
     for name, each in volumes.items():
         _check_volume(name, each, first)
-    if axis is None:
-        pet = target == "PET" or "PET" in volumes
-        axis = "coronal" if pet else AXES.get(region, "axial")
+    axis = axis or default_axis(volumes, target, region)
     if axis not in ("axial", "coronal", "sagittal"):
         raise ValueError(f"Unknown axis {axis!r}. Choose 'axial', 'coronal' or 'sagittal'.")
     if mask is not None and not same_grid(mask, first):
@@ -315,6 +313,11 @@ def _check_volume(name: str | None, volume: Volume, first: Volume):
         raise ValueError(
             f"{what} lies on another grid {volume.array.shape} than the first scan {first.array.shape}: resample it."
         )
+
+
+def default_axis(sources: Iterable[str | None], target: str, region: str | None) -> str:
+    """The axis along which a route's training data are cut: whole bodies, and so PET, are looked at from the front."""
+    return "coronal" if "PET" in (target, *sources) else AXES.get(region, "axial")
 
 
 def _find_body(volume: Volume, modality: str, window: tuple[float, float], axis: str) -> np.ndarray:
