@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--latent_patch_size", type=int, default=4, help="latents a side of a token; half is 4 x tokens")
+    parser.add_argument("--latent_patch_size", type=int, default=4, help="side; half of it makes four times the tokens")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--intermediate_size", type=int, default=480)
     parser.add_argument("--num_hidden_layers", type=int, default=5)
@@ -148,9 +148,9 @@ def main(args):
     vae = AutoencoderKL.from_pretrained(args.vae)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     latent_stride = scale * args.latent_patch_size
-    vit_patch, vit_side, no_bound = args.vit_patch_size, args.vit_resolution, 14112 * 128
+    side, vit_patch, vit_side, no_bound = args.resolution, args.vit_patch_size, args.vit_resolution, 14112 * 128
     image_processor = SynerMedGenImageProcessor(
-        vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": latent_stride, "max_pixels": no_bound},
+        vae_size={"max_size": side, "min_size": side, "stride": latent_stride, "max_pixels": no_bound},
         vit_size={"max_size": vit_side, "min_size": vit_side, "stride": vit_patch, "max_pixels": no_bound},
         vit_patch_size=vit_patch,
         vit_max_patches_per_side=vit_side // vit_patch,

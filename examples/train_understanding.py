@@ -34,7 +34,7 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset, Image, List, load_dataset
+from datasets import Dataset, Image, IterableDataset, List, load_dataset
 from huggingface_hub import HfApi
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -304,6 +304,15 @@ class AskQuestions(TrainerCallback):
         self.trainer.log(accuracies(records))
 
 
+def without_end(stream: IterableDataset, seed: int) -> IterableDataset:
+    """
+    The rows of a stream, again and again, in another order each time. Without an end, since processes whose shares end
+    at different times would wait for each other. One case is read at a time; but its rows follow one another, and a
+    step of one patient would be a poor step, so `FIRST_ROWS` rows are kept to choose from.
+    """
+    return stream.repeat(None).shuffle(seed=seed, buffer_size=FIRST_ROWS, max_buffer_input_shards=1)
+
+
 def accuracies(records: list[dict]) -> dict[str, float]:
     """`eval_accuracy/TASK` and `eval_accuracy/TASK/ROUTE`, in per cent."""
     right: dict[str, list[bool]] = {}
@@ -476,9 +485,7 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     if script_args.shuffle_answers:
         train = train.map(partial(shuffle_answer, seed=seed), with_indices=True)
     if script_args.dataset_streaming:
-        # The rows of a case follow one another, and a step of one patient would be a poor step. One case at a time.
-        train = train.shuffle(seed=seed, buffer_size=FIRST_ROWS, max_buffer_input_shards=1)
-        train = train.repeat(None)  # processes whose streams end at different times would wait for each other
+        train = without_end(train, seed)
     held_out, callbacks = None, []
     if training_args.eval_strategy != "no":
         if makes_questions(script_args) or script_args.dataset_streaming:

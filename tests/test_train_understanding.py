@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
-from datasets import Dataset, Features, Image, List, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, load_dataset
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from training import EXAMPLES, in_processes, killed, load_script
@@ -295,6 +296,19 @@ def test_wrong_candidates_are_of_the_kind_asked_for(script, arguments, tmp_path,
     rows = script.load_questions(options, 0, "train", per_case=4, streaming=True)
     expected = {"neighbours": {"hard"}, "random": {"easy"}, "both": {"hard", "easy"}}
     assert {row["difficulty"] for row in rows} == expected[negatives]
+
+
+def test_a_stream_comes_in_another_order_each_time(script):
+    def rows_of(cases):
+        for case in cases:
+            yield from ({"row": 300 * case + row} for row in range(300))
+
+    stream = IterableDataset.from_generator(rows_of, gen_kwargs={"cases": list(range(4))})
+    passes = [row["row"] for row in islice(script.without_end(stream, seed=0), 2400)]
+    assert passes[:1200] != passes[1200:]
+    again = [row["row"] for row in islice(script.without_end(stream, seed=0), 2400)]
+    assert passes == again
+    assert len(set(passes)) == 1200 and max(passes.count(row) for row in range(1200)) <= 4
 
 
 def test_some_of_the_tasks_are_learned_and_remembered(train, start, tmp_path):
