@@ -107,7 +107,7 @@ def measure(pipe, prediction: np.ndarray, reference: np.ndarray, target: str) ->
 
 def draw(rows: list[dict], notice: str, path: Path):
     """The contact sheet."""
-    figure, axes = plt.subplots(len(rows), 4, figsize=(11, 2.75 * len(rows) + 0.9))
+    figure, axes = plt.subplots(len(rows), 4, figsize=(11, 2.75 * len(rows) + 0.9), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, (axis_source, axis_made, axis_wanted, axis_difference) in zip(rows, axes, strict=True):
@@ -133,8 +133,8 @@ def draw(rows: list[dict], notice: str, path: Path):
         show(axis_wanted, reference, row["target"], f"reference {row['target']}", unit=unit)
         span = {"HU": 400, "SUV": 4}.get(unit, float(np.percentile(reference, 99.7)) / 2)
         axis_difference.imshow(made - reference, cmap="RdBu_r", vmin=-span, vmax=span)
-        ssim = row["metrics"]["ssim_codec_frame"]
-        axis_difference.set_title(f"difference, SSIM {100 * ssim:.1f}\n-{span:.0f} to {span:.0f} {unit}", fontsize=8)
+        ssim = f", SSIM {100 * row['metrics']['ssim_codec_frame']:.1f}" if "metrics" in row else ""
+        axis_difference.set_title(f"difference{ssim}\n-{span:.0f} to {span:.0f} {unit}", fontsize=8)
     figure.suptitle(f"SynerMedGen. {notice}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=90)

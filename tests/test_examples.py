@@ -15,6 +15,7 @@ from training import EXAMPLES, fill_disk, load_script
 
 from synermedgen_hf import ROUTES, SynerMedGenImageProcessor, SynerMedGenPipeline
 from synermedgen_hf.data.layouts import write_layout
+from synermedgen_hf.data.phantom import simulate_case
 
 sys.path.append(str(EXAMPLES))
 
@@ -233,6 +234,54 @@ def test_the_demo_writes_a_contact_sheet_and_a_report(trained, work):
     assert "Not for clinical use" in report["notice"]
     sheet = Image.open(work / "demo" / "contact_sheet.png")
     assert min(sheet.size) > 800 and len(sheet.convert("L").getcolors()) > 100
+
+
+@pytest.fixture
+def scans(tmp_path):
+    case = simulate_case("brain", "brats", 3, num_slices=6)
+    for name in ("T1", "T2"):
+        volume = case.images[name].transpose(2, 1, 0)[::-1, ::-1]
+        Nifti1Image(volume, np.diag([2.0, 2.0, 4.0, 1.0])).to_filename(tmp_path / f"{name}.nii.gz")
+    return [f"{name}={tmp_path / name}.nii.gz" for name in ("T1", "T2")]
+
+
+def test_a_look_shows_each_scan_of_a_grid_become_the_other(trained, scans, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run("demo"), "draw", lambda rows, notice, path: drawn.extend(rows))
+    run("look", *scans, "--targets", "FLAIR", "--model", trained / "pipeline", "--output", tmp_path / "look.png")
+    assert [(row["source"], row["target"]) for row in drawn] == [
+        ("T1", "T2"),
+        ("T1", "FLAIR"),
+        ("T2", "T1"),
+        ("T2", "FLAIR"),
+    ]
+    assert (drawn[0]["reference"] == drawn[2]["image"]).all() and drawn[1]["reference"] is None
+    assert "metrics" not in drawn[0]  # a look, and no figure
+
+
+def test_a_look_is_drawn(trained, scans, tmp_path):
+    run("look", *scans, "--model", trained / "pipeline", "--output", tmp_path / "new" / "look.png")
+    assert min(Image.open(tmp_path / "new" / "look.png").size) > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--height", "999"], "outside of the scan, which goes from 0 to 20 mm"),
+        (["MRI=other.nii.gz"], "different grids"),
+        (["XR=other.nii.gz"], "'XR=other.nii.gz' is not MODALITY=FILE"),
+        (["CT=nothing.nii.gz"], "there is no file nothing.nii.gz"),
+        (["MRI=oblique.nii.gz"], "oblique.nii.gz is no volume along the body's axes"),
+    ],
+)
+def test_a_look_refuses_what_it_cannot_show(trained, scans, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)).to_filename("other.nii.gz")
+    turned = np.array([[1, -0.5, 0, 0], [0.5, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)
+    Nifti1Image(np.ones((4, 4, 4), np.float32), turned).to_filename("oblique.nii.gz")
+    with pytest.raises(SystemExit) as refused:
+        run("look", *scans, *arguments, "--model", trained / "pipeline")
+    assert said in str(refused.value) + capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)])
