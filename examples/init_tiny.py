@@ -3,7 +3,7 @@
     python examples/init_tiny.py --vae runs/vae/vae --output_dir runs/tiny-init
 
 The result is an ordinary pipeline folder with random transformer weights, the trained autoencoder and a small tokenizer
-made from SynerMedGen's own sentences; `examples/train_generation.py` takes it from there.
+made from SynerMedGen's own sentences; `examples/pretrain_tiny.py` takes it from there.
 """
 
 import argparse

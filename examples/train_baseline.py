@@ -38,6 +38,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from train_generation import (
     add_data_arguments,
+    check_above_zero,
+    check_data,
     checkpoint_to_resume,
     clear_leftovers,
     describe,
@@ -75,6 +77,10 @@ LASTING = (
     "mixed_precision",
     "seed",
 )
+ABOVE_ZERO = (
+    "max_train_minutes max_train_steps train_batch_size learning_rate max_grad_norm patch_size layers_per_block "
+    "checkpointing_steps checkpoints_total_limit logging_steps slice_step"
+).split()
 BUDGET = ("max_train_minutes", "max_train_steps")
 
 
@@ -115,21 +121,7 @@ def parse_args(argv=None):
     add("--resume_from_checkpoint", default=None, help='"latest" or a folder')
     add("--logging_steps", type=int, default=25)
     args = parser.parse_args(argv)
-    for name in (
-        "max_train_minutes",
-        "max_train_steps",
-        "train_batch_size",
-        "learning_rate",
-        "max_grad_norm",
-        "patch_size",
-        "layers_per_block",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "logging_steps",
-    ):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name} must be above 0, got {value}")
+    check_above_zero(parser, args, ABOVE_ZERO)
     for name in ("block_out_channels", "discriminator_channels"):
         if any(width < 8 or width % 8 for width in getattr(args, name)):
             parser.error(f"--{name} must be multiples of 8, got {getattr(args, name)}")
@@ -176,14 +168,6 @@ class Batches:
     def __init__(self, pool: PairPool, batch_size: int, seed: int):
         self.pool, self.batch_size, self.order = pool, batch_size, PairOrder(pool, [seed])
         self.labels = {route: label for label, route in enumerate(pool.pairs)}
-        for route, pairs in pool.pairs.items():
-            for pair in pairs:
-                one, other = (pool.stored[pair.slices[side]].size() for side in (route.source, route.target))
-                if one != other:
-                    raise ValueError(
-                        f"The slices of a pair of {pair.case} ({route}) have different sizes, {one} and {other}: "
-                        "resample them first."
-                    )
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
         """Sources and targets `(batch, 1, height, width)`, labels of their routes, and which cases they are of."""
@@ -362,6 +346,7 @@ def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.setLevel(logging.INFO)
     folder = checkpoint_to_resume(args, LASTING)
+    check_data(args)
     state = json.loads((folder / "training_state_0.json").read_text()) if folder else {}
     if (args.output_dir / RECORD).exists():
         had = json.loads((args.output_dir / RECORD).read_text()).get("budget")

@@ -58,20 +58,20 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.flow_matching import Dropout, PairBatches, PairPool, StreamedBatches, padding, phantom_rows
-from synermedgen_hf.data.latents import SliceEncoder
+from synermedgen_hf.data.latents import SliceEncoder, codec_fingerprint
 from synermedgen_hf.data.pairs import PAIR_FEATURES
 from synermedgen_hf.data.phantom import load_phantom
 from synermedgen_hf.data.routes import ROUTES
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.loading_synermedgen import part_of, weights_checksum
 from synermedgen_hf.model_card import make_adapter_card
-from synermedgen_hf.optimization import MuonWithAdamW
+from synermedgen_hf.optimization import MuonWithAdamW, configure_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,19 @@ GENERATION_EXPERT = (
 LASTING = (
     "freeze drop_text drop_vae drop_vit drop_region multi_source train_batch_size gradient_accumulation_steps "
     "mixed_precision learning_rate lr_scheduler lr_warmup_steps muon_learning_rate use_8bit_adam adam_beta1 adam_beta2 "
-    "adam_weight_decay adam_epsilon max_grad_norm ema_decay logit_mean logit_std lora_rank lora_alpha seed"
+    "adam_weight_decay adam_epsilon max_grad_norm ema_decay logit_mean logit_std lora_rank lora_alpha seed streaming "
+    "stream_pool"
 ).split()
+ABOVE_ZERO = (
+    "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps checkpoints_total_limit "
+    "validation_steps validation_images logging_steps slice_step stream_pool lora_rank learning_rate max_grad_norm"
+).split()
+# What a checkpoint says of the pipeline that its training started from, in words.
+WHAT = {
+    "frozen": "understanding branch",
+    "codec": "autoencoder, other intensity windows or other sizes",
+    "adapted": "base of its adapter",
+}
 BANDS = (0.125, 0.375, 0.625, 0.875)  # timesteps at which the validation loss is taken
 
 
@@ -165,6 +176,7 @@ def parse_args(argv=None):
     for name in ("pretrained_model_name_or_path", "output_dir"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is required")
+    check_above_zero(parser, args, ABOVE_ZERO)
     if args.latent_cache == "disk" and args.latent_cache_dir is None:
         parser.error("--latent_cache disk needs --latent_cache_dir")
     if args.latent_cache == "off" and args.latent_cache_dir is not None:
@@ -191,6 +203,13 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     return data
 
 
+def check_above_zero(parser: argparse.ArgumentParser, args, names: Iterable[str]):
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} must be above 0, got {value}")
+
+
 def read_recipe(path: Path | None) -> list[str]:
     """A YAML file of arguments as a command line."""
     arguments = []
@@ -208,6 +227,16 @@ def read_recipe(path: Path | None) -> list[str]:
 
 def is_simulated(args) -> bool:
     return bool(args.phantom_cases) or (args.dataset_name == "synermed" and args.data_dir is None)
+
+
+def check_data(args):
+    """Raise for arguments that would do nothing with these data."""
+    if args.dataset_name != "synermed" and (args.routes or args.slice_step > 1):
+        raise SystemExit(
+            f"--routes and --slice_step choose among scans, and {args.dataset_name} is made of pairs already."
+        )
+    if is_simulated(args) and not args.phantom_cases and args.slice_step > 1:
+        raise SystemExit("--slice_step is for scans: of simulated patients --slices_per_case says how many slices.")
 
 
 def load_pairs(args, split: str, streaming: bool, cases: int):
@@ -296,6 +325,8 @@ class Validation:
             if "split" not in str(error):
                 raise
             raise SystemExit(f"There are no held-out patients: leave out --validation_steps. ({error})") from error
+        if not files:
+            raise SystemExit("No held-out patient has a pair of these routes: leave out --validation_steps.")
         self.rows = [PAIR_FEATURES.decode_example(row) for row in files]
         batches = PairBatches(
             PairPool(files, encoder), pipe.processor, pipe.model.config, len(files), dropout=Dropout(0, 0, 0, 0, 0)
@@ -578,6 +609,7 @@ def make_optimizer(args, model) -> torch.optim.Optimizer:
 def check(args):
     """Raise for what cannot be used, before anything is loaded."""
     checkpoint_to_resume(args, LASTING)
+    check_data(args)
     installed = [tracker.value for tracker in get_available_trackers()]
     if args.report_to not in (None, "all", *installed):
         raise SystemExit(f"--report_to {args.report_to} is not installed; there is {', '.join(installed) or 'none'}.")
@@ -637,14 +669,11 @@ def main(args):
             "--freeze none cannot be shared out by FSDP: where a batch drops all pictures the ViT has no gradient, and "
             "processes would wait for each other. Use --freeze detach or grad, or DDP."
         )
-    if is_sharded and args.mixed_precision == "bf16":
-        # accelerate would round inputs, such as timesteps and the weights of tokens, and gradients that are summed up.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-    if is_sharded:  # or every card would keep whole gradients from one micro-batch to the next
-        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if is_sharded:
+        configure_sharding(accelerator)
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    if args.push_to_hub and is_main:  # now, and not after days, is when a missing login should show
+        create_repo(repository_of(args), exist_ok=True)
 
     # 1. The model, every tensor accounted for.
     set_seed(args.seed)
@@ -663,6 +692,8 @@ def main(args):
         parameter.requires_grad_(in_trained)
     frozen = [name for name in model.state_dict() if part_of(name) not in trained_parts]
     before = weights_checksum(model, frozen)
+    start = {"frozen": before, "codec": codec_fingerprint(pipe.vae, pipe.processor.image_processor)}
+    start |= {"adapted": weights_checksum(model)} if args.lora_rank else {}
     # Under adapters all is frozen, and half precision will do; they themselves are float32 all the same.
     half = args.lora_rank and args.mixed_precision == "bf16"
     for parameter in model.parameters():
@@ -713,8 +744,11 @@ def main(args):
     if (folder := checkpoint_to_resume(args, LASTING)) is not None:
         state = load_checkpoint(accelerator, folder, ema)
         step = state["step"]
-        if state["frozen"] != before:
-            raise SystemExit(f"The frozen weights of {args.pretrained_model_name_or_path} are not those of {folder}.")
+        if changed := [WHAT[name] for name, value in start.items() if state.get(name, value) != value]:
+            raise SystemExit(
+                f"{folder} was trained with another {' and another '.join(changed)} than that of "
+                f"{args.pretrained_model_name_or_path}."
+            )
         logger.info("resumed from %s", folder)
     routes = state.get("routes", [])
 
@@ -790,13 +824,13 @@ def main(args):
             progress.set_postfix(loss=f"{row['loss_mse']:.4f}", padding=f"{row['padding']:.1%}")
             write_log(accelerator, log, row)
         if validation is not None and step % args.validation_steps == 0:
-            with averaged(ema, trained):
+            with averaged(ema, trained), root_gathered(model):
                 figures = validation.run(step, accelerator.device)
             write_log(accelerator, log, {"step": step, **{f"validation/{name}": one for name, one in figures.items()}})
         if args.validation_steps and step % args.validation_steps == 0:
             accelerator.wait_for_everyone()
         if step % args.checkpointing_steps == 0:
-            state = {"step": step, "frozen": before, "routes": routes, "sums": sums.tolist()}
+            state = {"step": step, **start, "routes": routes, "sums": sums.tolist()}
             state |= {"batches": batches.state_dict(), "settings": lasting_settings(args, LASTING)}
             folder = args.output_dir / f"checkpoint-{step}"
             save_checkpoint(accelerator, folder, state, ema, args.checkpoints_total_limit)
@@ -856,12 +890,32 @@ def averaged(ema: EMAModel | None, parameters):
         ema.restore(parameters)
 
 
+@contextlib.contextmanager
+def root_gathered(model):
+    """
+    Under FSDP, what is outside of the layers put together for synthesis, which may call parts of a model or the base of
+    an adapter, and shared out again afterwards: the next training step would see the average's weights.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for root in sharded[:1]:
+        root.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
 def write_log(accelerator: Accelerator, log, row: dict):
     """A row of the log and of the trackers."""
     if log is not None:
         log.write(json.dumps(row) + "\n")
         log.flush()
     accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def repository_of(args) -> str:
+    return args.hub_model_id or args.output_dir.resolve().name
 
 
 def seen(args) -> str:
@@ -874,11 +928,12 @@ def seen(args) -> str:
 def save_adapter(args, model, weights: dict[str, torch.Tensor]):
     """The adapter in PEFT's format with its card; it is published where no pipeline will be."""
     model.save_pretrained(args.output_dir, state_dict=weights)
-    name = args.hub_model_id or args.output_dir.resolve().name
-    make_adapter_card(name, args.pretrained_model_name_or_path, seen(args)).save(args.output_dir / "README.md")
+    make_adapter_card(repository_of(args), args.pretrained_model_name_or_path, seen(args)).save(
+        args.output_dir / "README.md"
+    )
     logger.info("saved the adapter in %s", args.output_dir)
     if args.push_to_hub and not args.merge_adapter:
-        repo_id = create_repo(args.hub_model_id or args.output_dir.resolve().name, exist_ok=True).repo_id
+        repo_id = create_repo(repository_of(args), exist_ok=True).repo_id
         upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=["README.md", "adapter_*"])
 
 
@@ -895,7 +950,7 @@ def save_pipeline(args, pipe, routes: list[str]):
     write_whole(args.output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")
     logger.info("saved %s", args.output_dir / "pipeline")
     if args.push_to_hub:
-        pipe.push_to_hub(args.hub_model_id or args.output_dir.resolve().name, card=card)
+        pipe.push_to_hub(repository_of(args), card=card)
 
 
 if __name__ == "__main__":

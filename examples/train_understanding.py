@@ -16,14 +16,16 @@ answer's tokens.
   put into the weights as the start stores them, and saved as a pipeline.
 * `--train_sampling_strategy group_by_length` makes batches of rows of about one length. A picture that occurs several
   times in a batch is encoded once.
-* Rows are checked before the first step: pictures, answers, and length against the context, which is the model's unless
-  `--max_length` says otherwise. Rows are never cut.
+* Rows are checked before the first step (those of a stream when they come): pictures, answers, and length against the
+  context, which is the model's unless `--max_length` says otherwise. Rows are never cut.
 * `--shuffle_answers` is a control: whoever learns from such rows must stay at chance.
 * `--resume_from_checkpoint latest` goes on from the newest checkpoint that is whole, to the same losses.
 """
 
+import hashlib
 import json
 import random
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +36,7 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset, Image, IterableDataset, List, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 from huggingface_hub import HfApi
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -59,7 +61,7 @@ from synermedgen_hf.data.understanding import DEFAULT_MIX
 from synermedgen_hf.loading_synermedgen import combine_digests, part_of, tensor_digest
 from synermedgen_hf.metrics.understanding import COPIED, answer_questions
 from synermedgen_hf.model_card import make_adapter_card
-from synermedgen_hf.optimization import MuonWithAdamW
+from synermedgen_hf.optimization import MuonWithAdamW, configure_sharding
 
 logger = get_logger(__name__)
 
@@ -106,8 +108,8 @@ class UnderstandingArguments(ScriptArguments):
     negatives: str | None = field(
         default=None,
         metadata={
-            "help": "Wrong candidates of CTS: neighbours of the slice (default), random slices of the volume, or both "
-            "by halves.",
+            "help": "Wrong candidates of CTS: neighbours of the slice (default), random slices of the volume at least "
+            "four times --min_gap_mm apart, or both by halves.",
             "choices": ["neighbours", "random", "both"],
         },
     )
@@ -146,8 +148,8 @@ def makes_questions(args: UnderstandingArguments) -> bool:
     return args.dataset_name == "synermed" and not (args.data_dir and find_released(args.data_dir))
 
 
-def check_arguments(script_args: UnderstandingArguments, training_args: SFTConfig):
-    """What can be refused before anything is loaded: arguments that would do nothing, and seeds that differ."""
+def check_arguments(script_args: UnderstandingArguments, training_args: SFTConfig, model_args: ModelConfig):
+    """What can be refused before anything is loaded: arguments that cannot work, and seeds that differ."""
     given = [name for name in OF_MADE_QUESTIONS if getattr(script_args, name)]
     if given and not makes_questions(script_args):
         where = script_args.data_dir if script_args.dataset_name == "synermed" else script_args.dataset_name
@@ -162,6 +164,8 @@ def check_arguments(script_args: UnderstandingArguments, training_args: SFTConfi
         raise SystemExit(f"--task_shares has {len(shares)} numbers for {len(tasks or ())} --tasks.")
     if tasks and config != "understanding" and not set(tasks) <= set(TASKS.get(config, ())):
         raise SystemExit(f"--dataset_config {config} has no other tasks: leave out --tasks, or take understanding.")
+    if script_args.muon_learning_rate is not None and model_args.use_peft:
+        raise SystemExit("--muon_learning_rate trains whole matrices, and --use_peft none of them: leave one out.")
     seeds = set(gather_object([(training_args.seed, training_args.data_seed)]))
     if len(seeds) > 1:
         said = " and ".join(f"--seed {seed} --data_seed {data_seed}" for seed, data_seed in sorted(seeds, key=str))
@@ -186,6 +190,20 @@ def load_questions(args: UnderstandingArguments, seed: int, split: str, per_case
     return load_dataset(args.dataset_name, args.dataset_config, split=split, **how, **options)
 
 
+def load_held_out(args: UnderstandingArguments, seed: int, **how) -> Dataset:
+    """Some questions of the held-out split, of as many patients and tasks as can be had."""
+    split, count = args.dataset_test_split, args.eval_questions
+    if not makes_questions(args) and not args.dataset_streaming:
+        with PartialState().main_process_first():
+            rows = load_questions(args, seed, split, **how).shuffle(seed=seed)
+        return rows.select(range(min(len(rows), count)))
+    # A few questions on each of many patients.
+    stream = load_questions(args, seed, split, per_case=8, streaming=True)
+    if not makes_questions(args):  # a file's first rows may all be of one patient or of one task
+        stream = stream.shuffle(seed=seed, buffer_size=4 * count)
+    return Dataset.from_list(list(stream.take(count)), features=stream.features)
+
+
 def check_questions(dataset, processor, config, max_length: int, split: str):
     """
     The data set with a column `length`, once every row is known to be one that can be learned from. A stream is checked
@@ -195,23 +213,31 @@ def check_questions(dataset, processor, config, max_length: int, split: str):
     def length_of(row: dict, number: int) -> int:
         try:
             return check_question(processor, config, row, max_length)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             what = f" ({row['task']})" if "task" in row else ""  # patients are not named: errors end up in logs
             raise ValueError(f"Row {number} of {split}{what} cannot be learned from: {error}.") from error
+
+    def with_length(row: dict, number: int) -> dict:
+        number = row.get("index", number)  # a stream comes in an order of its own
+        return {"length": length_of(row, number)}
 
     missing = {"images", "messages"} - set(dataset.column_names or ())
     if missing:
         raise ValueError(
             f"The data set has no column {' and no '.join(sorted(missing))}: see load_dataset('synermed')."
         )
+    if "length" in dataset.column_names:  # of something else
+        dataset = dataset.remove_columns("length")
+    files, pictures = List(Image(decode=False)), List(Image())
+    dataset = dataset.cast_column("images", files)
     if not isinstance(dataset, Dataset):
-        return dataset.map(lambda row, number: {"length": length_of(row, number)}, with_indices=True)
+        features = Features({**dataset.features, "images": pictures, "length": Value("int64")})
+        return dataset.map(with_length, with_indices=True).cast(features)
     lengths = [None]
     if PartialState().is_main_process:
-        files = dataset.cast_column("images", List(Image(decode=False)))
-        rows = tqdm(files, desc=f"check {split}", unit="row")
+        rows = tqdm(dataset, desc=f"check {split}", unit="row")
         lengths = [[length_of(row, number) for number, row in enumerate(rows)]]
-    return dataset.add_column("length", broadcast_object_list(lengths)[0])
+    return dataset.cast_column("images", pictures).add_column("length", broadcast_object_list(lengths)[0])
 
 
 def shuffle_answer(row: dict, number: int, seed: int) -> dict:
@@ -253,11 +279,22 @@ def check_start(facts: dict, checkpoint: str | Path | None):
         )
 
 
-def questions_of(args: UnderstandingArguments, training_args: SFTConfig, dataset) -> dict:
-    """What the questions are made of, and how many there are, to be compared when a training goes on."""
-    names = ("dataset_name", "dataset_config", "dataset_train_split", "shuffle_answers", *OF_MADE_QUESTIONS)
-    rows = {"rows": len(dataset)} if isinstance(dataset, Dataset) else {}
-    return {name: getattr(args, name) for name in names} | {"data_seed": training_args.data_seed} | rows
+def questions_of(args: UnderstandingArguments, training_args: SFTConfig, rows) -> dict:
+    """What questions are made of, what they say (`rows`, without pictures) and in which order, to be compared later."""
+    said = hashlib.sha256()
+    for row in rows:
+        said.update(json.dumps(row, sort_keys=True, default=str).encode())
+    names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_streaming", "shuffle_answers")
+    order = ("seed", "data_seed", "train_sampling_strategy")
+    facts = {name: getattr(args, name) for name in (*names, *OF_MADE_QUESTIONS)}
+    return facts | {name: getattr(training_args, name) for name in order} | {"rows, sha256": said.hexdigest()[:16]}
+
+
+def told_by(dataset) -> Iterable[dict]:
+    """The rows without their pictures; of a stream the first ones, so that what they hold is known before training."""
+    if isinstance(dataset, Dataset):
+        return dataset.remove_columns("images")
+    return list(dataset.take(FIRST_ROWS).remove_columns("images"))
 
 
 def held_by(rows) -> tuple[list[str], bool | None]:
@@ -289,7 +326,7 @@ class AskQuestions(TrainerCallback):
         self.processor, self.batch_size = processor, batch_size
         self.trainer = None
 
-    def on_evaluate(self, args, state, control, model, **kwargs):
+    def on_evaluate(self, args, state, control, model, metrics, **kwargs):
         accelerator = self.trainer.accelerator
         training = model.training
         model.eval()
@@ -301,7 +338,9 @@ class AskQuestions(TrainerCallback):
                     records += answer_questions(model, self.processor, mine, self.batch_size, generate)
         model.train(training)
         records = list({record["index"]: record for record in gather_object(records)}.values())
-        self.trainer.log(accuracies(records))
+        asked = accuracies(records)
+        metrics.update(asked)  # what `--metric_for_best_model` chooses from
+        self.trainer.log(asked)
 
 
 def without_end(stream: IterableDataset, seed: int) -> IterableDataset:
@@ -416,7 +455,7 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_args: ModelConfig):
-    check_arguments(script_args, training_args)
+    check_arguments(script_args, training_args, model_args)
     output_dir = Path(training_args.output_dir)
     is_main = PartialState().is_main_process
     resume = training_args.resume_from_checkpoint
@@ -467,37 +506,27 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
     max_length = training_args.max_length or config.text_config.max_position_embeddings
     how = {"streaming": True} if script_args.dataset_streaming else {"num_proc": training_args.dataset_num_proc}
     seed = training_args.data_seed or 0
+    held_out, callbacks = None, []
+    if training_args.eval_strategy != "no":
+        held_out = load_held_out(script_args, seed, **how)
+        held_out = check_questions(held_out, processor, config, max_length, script_args.dataset_test_split)
+        callbacks.append(AskQuestions(processor, held_out, training_args.per_device_eval_batch_size))
     with PartialState().main_process_first():
         train = load_questions(script_args, seed, script_args.dataset_train_split, **how)
     train = check_questions(train, processor, config, max_length, script_args.dataset_train_split)
+    told = told_by(train)
     if is_main:
-        start = {"weights": whole, "questions": questions_of(script_args, training_args, train)}
+        start = {"weights": whole, "questions": questions_of(script_args, training_args, told)}
         check_start(start, resume)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / START, json.dumps(start, default=str) + "\n")
-    # A stream is looked at in its first rows, so that what is too long is known before the training. What questions are
-    # made of scans is known anyway.
-    tasks, labelled = held_by(
-        train.take(FIRST_ROWS) if script_args.dataset_streaming else train.remove_columns("images")
-    )
+    tasks, labelled = held_by(told)
     if script_args.dataset_streaming and makes_questions(script_args):
         tasks, labelled = script_args.tasks or TASKS[script_args.dataset_config], script_args.label_images
     if script_args.shuffle_answers:
         train = train.map(partial(shuffle_answer, seed=seed), with_indices=True)
     if script_args.dataset_streaming:
         train = without_end(train, seed)
-    held_out, callbacks = None, []
-    if training_args.eval_strategy != "no":
-        if makes_questions(script_args) or script_args.dataset_streaming:
-            # A few questions on each of many patients.
-            stream = load_questions(script_args, seed, script_args.dataset_test_split, per_case=8, streaming=True)
-            held_out = Dataset.from_list(list(stream.take(script_args.eval_questions)), features=stream.features)
-        else:  # a file's first rows may all be of one patient or of one task
-            with PartialState().main_process_first():
-                rows = load_questions(script_args, seed, script_args.dataset_test_split, **how).shuffle(seed=seed)
-            held_out = rows.select(range(min(len(rows), script_args.eval_questions)))
-        held_out = check_questions(held_out, processor, config, max_length, script_args.dataset_test_split)
-        callbacks.append(AskQuestions(processor, held_out, training_args.per_device_eval_batch_size))
 
     # 3. Train.
     training_args.max_length = None  # rows are never cut: what is too long has been refused
@@ -514,6 +543,8 @@ def main(script_args: UnderstandingArguments, training_args: SFTConfig, model_ar
         callbacks=callbacks,
     )
     trainer.muon_learning_rate = script_args.muon_learning_rate
+    if trainer.is_fsdp_enabled:
+        configure_sharding(trainer.accelerator)
     for callback in callbacks:
         callback.trainer = trainer
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):

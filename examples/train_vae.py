@@ -15,6 +15,7 @@ Checkpoints appear whole or not at all. `--resume_from_checkpoint latest` contin
 """
 
 import argparse
+import hashlib
 import io
 import json
 import logging
@@ -32,6 +33,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from train_generation import (
     add_data_arguments,
+    check_above_zero,
+    check_data,
     checkpoint_to_resume,
     clear_leftovers,
     is_simulated,
@@ -54,6 +57,11 @@ logger = logging.getLogger(__name__)
 LASTING = (
     "resolution codec block_out_channels latent_channels layers_per_block train_batch_size learning_rate "
     "lr_warmup_steps ssim_weight kl_weight max_grad_norm seed"
+).split()
+
+ABOVE_ZERO = (
+    "resolution latent_channels layers_per_block train_batch_size max_train_steps learning_rate "
+    "max_grad_norm checkpointing_steps checkpoints_total_limit slice_step"
 ).split()
 
 
@@ -79,7 +87,9 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help='"latest" or a folder')
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_above_zero(parser, args, ABOVE_ZERO)
+    return args
 
 
 def encode_slices(cases, image_processor) -> torch.Tensor:
@@ -128,13 +138,19 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def main(args):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     checkpoint_to_resume(args, LASTING)
+    check_data(args)
+    if args.routes and is_simulated(args) and not args.phantom_cases:
+        raise SystemExit("--routes needs --data_dir or --phantom_cases: this autoencoder learns all modalities.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise SystemExit("This small autoencoder is trained by one process: run the script with python.")
     own = json.loads(args.intensity.read_text()) if args.intensity else {}
+    if unknown := own.keys() - SynerMedGenImageProcessor.intensity.keys():
+        known = ", ".join(SynerMedGenImageProcessor.intensity)
+        raise SystemExit(f"{args.intensity} has windows of {', '.join(sorted(unknown))}; modalities are {known}.")
     image_processor = SynerMedGenImageProcessor(
         vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": 14112 * 128},
-        intensity={**set_codec(SynerMedGenImageProcessor.intensity, args.codec), **own},
+        intensity=set_codec({**SynerMedGenImageProcessor.intensity, **own}, args.codec),
     )
     if is_simulated(args) and not args.phantom_cases:  # whole volumes, which need not become rows first
         cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
@@ -178,6 +194,7 @@ def train(args, data: torch.Tensor, image_processor, accelerator: Accelerator) -
     args.output_dir.mkdir(parents=True, exist_ok=True)
     step, folder = 0, checkpoint_to_resume(args, LASTING)
     windows = json.loads(json.dumps(image_processor.intensity))
+    seen = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
     # The order of slices starts anew after a resumption; everything else continues.
     if folder is not None:
         state = load_checkpoint(accelerator, folder, None)
@@ -187,6 +204,8 @@ def train(args, data: torch.Tensor, image_processor, accelerator: Accelerator) -
                 f"{folder} was trained on other windows than these{'' if before else ', or did not say which'}: start "
                 "anew in another --output_dir."
             )
+        if state.get("data", seen) != seen:
+            raise SystemExit(f"The data are not those that {folder} was trained on. Bring them back.")
 
     clear_leftovers(args.output_dir)
     minutes, log = open_log(args.output_dir / "log.jsonl", step)
@@ -225,7 +244,7 @@ def train(args, data: torch.Tensor, image_processor, accelerator: Accelerator) -
                 log.flush()
             if step % args.checkpointing_steps == 0:
                 folder = args.output_dir / f"checkpoint-{step}"
-                state = {"step": step, "settings": lasting_settings(args, LASTING), "windows": windows}
+                state = {"step": step, "settings": lasting_settings(args, LASTING), "windows": windows, "data": seen}
                 save_checkpoint(accelerator, folder, state, None, args.checkpoints_total_limit)
             done = step >= args.max_train_steps
             if done:

@@ -584,6 +584,13 @@ def questions(tmp_path_factory):
     return folder
 
 
+def test_an_evaluation_of_understanding_is_for_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run("evaluate-understanding", "--output", tmp_path / "scores", "--phantom-cases", 1)
+    assert done.exit_code == 1 and "is for one process" in done.stderr
+    assert not (tmp_path / "scores").exists()
+
+
 @pytest.fixture
 def evaluate(questions, tmp_path):
     """The command on these questions, those of the largest split."""

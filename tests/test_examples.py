@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,20 @@ def test_the_toy_takes_the_windows_of_its_autoencoder(vae, start, tmp_path):
         run("init_tiny", "--vae", tmp_path / "vae", "--output_dir", tmp_path / "start")
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--intensity", "windows.json"], "windows.json has windows of pet; modalities are CT,"),
+        (["--routes", "CT-PET"], "--routes needs --data_dir or --phantom_cases"),
+    ],
+)
+def test_what_an_autoencoder_would_not_heed_is_refused(work, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    Path("windows.json").write_text(json.dumps({"pet": {"unit": "SUV", "low": 0, "high": 40, "scale": "linear"}}))
+    with pytest.raises(SystemExit, match=said):
+        train_vae(tmp_path / "out", arguments, 2)
+
+
 def test_an_autoencoder_of_own_scans_sees_each_slice_once_in_own_windows(work):
     write_layout("synthrad2023-task1", work / "scans", subjects=4, size=32, num_slices=6)
     windows = {"CT": {"unit": "HU", "low": -100.0, "high": 200.0, "scale": "linear"}}
@@ -121,6 +136,12 @@ def test_an_autoencoder_of_own_scans_sees_each_slice_once_in_own_windows(work):
     assert (work / "vae_of_scans" / "vae" / "config.json").exists()
     with pytest.raises(SystemExit, match="was trained on other windows than these: start anew"):
         train_vae(work / "vae_of_scans", [*scans[:2], "--num_proc", 1], 4, "--resume_from_checkpoint", "latest")
+
+    again = [*scans, "--resume_from_checkpoint", "latest"]
+    train_vae(work / "vae_of_scans", again, 4)
+    write_layout("synthrad2023-task1", work / "more scans", subjects=5, size=32, num_slices=6)
+    with pytest.raises(SystemExit, match="The data are not those that .* was trained on"):
+        train_vae(work / "vae_of_scans", ["--data_dir", work / "more scans", *again[2:]], 6)
 
     script = run("train_vae")
     rows = script.load_pairs(script.parse_args(list(map(str, ["--output_dir", work, *scans]))), "train", False, 1)

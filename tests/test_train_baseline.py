@@ -191,13 +191,6 @@ def test_slices_of_several_sizes_are_padded_with_the_low_end_of_the_window(scrip
         assert (side[~small][..., 32:, 32:] > -1).all()
 
 
-def test_a_pair_of_two_sizes_is_refused(script, processor):
-    one, other = rows_of(case(1, 32)), rows_of(case(1, 48))
-    rows = [{**row, "target_image": bigger["target_image"]} for row, bigger in zip(one, other, strict=True)][:1]
-    with pytest.raises(ValueError, match=r"data/case-1 .*different sizes, \(32, 32\) and \(48, 48\)"):
-        script.Batches(PairPool(rows, script.PictureEncoder(processor.image_processor)), 2, 0)
-
-
 def test_simulated_patients_without_any_data(train, tmp_path):
     small = {"data_dir": None, "phantom_cases": None, "train_cases": 1, "slices_per_case": 1, "max_train_steps": 1}
     train(tmp_path / "run", baseline="unet", cache_dir=tmp_path / "phantom", routes="whole-body/CT-PET", **small)

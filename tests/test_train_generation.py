@@ -28,6 +28,7 @@ from synermedgen_hf.data.pairs import PAIR_FEATURES
 from synermedgen_hf.loading_synermedgen import part_of
 from synermedgen_hf.metrics.baselines import Ceiling, true_target
 from synermedgen_hf.metrics.protocols import evaluate_case
+from synermedgen_hf.modeling_synermedgen import SynerMedGenAttention
 
 SCRIPT, RECIPES = EXAMPLES / "train_generation.py", sorted((EXAMPLES / "recipes").glob("generation*.yaml"))
 WEIGHTS = "pipeline/model/model.safetensors"
@@ -230,9 +231,13 @@ def test_an_adapter_is_published_where_no_pipeline_is(train, hub, start, tmp_pat
     assert "model/model.safetensors" in pushed and "adapter_model.safetensors" not in pushed
 
 
-def test_gradient_checkpointing_gives_the_same_losses(train, trained, tmp_path):
-    train(tmp_path / "out", gradient_checkpointing=True)
-    assert losses(tmp_path / "out") == pytest.approx(losses(trained), rel=1e-4)
+@pytest.mark.parametrize("mode", ["detach", "LoRA"])
+def test_gradient_checkpointing_gives_the_same_losses(uninterrupted, train, tmp_path, monkeypatch, mode):
+    whole, calls, attend = uninterrupted(mode), [], SynerMedGenAttention.attend
+    monkeypatch.setattr(SynerMedGenAttention, "attend", lambda *args, **kw: calls.append(1) or attend(*args, **kw))
+    train(tmp_path / "out", gradient_checkpointing=True, **MODES[mode])
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-4)
+    assert len(calls) == 6 * 2 * 2  # steps, layers, and each layer once more
 
 
 def test_half_precision_trains_float32_weights(train, trained, tmp_path):
@@ -369,21 +374,50 @@ def test_an_earlier_checkpoint_is_not_gone_on_from_beside_later_ones(trained, tr
     assert result(tmp_path / "again") == result(trained)
 
 
-@pytest.mark.parametrize("name, value", [("learning_rate", 1e-5), ("gradient_accumulation_steps", 3), ("seed", 5)])
+@pytest.mark.parametrize(
+    "name, value", [("learning_rate", 1e-5), ("gradient_accumulation_steps", 3), ("seed", 5), ("streaming", True)]
+)
 def test_other_arguments_are_refused_when_a_training_goes_on(trained, train, tmp_path, name, value):
     folder = killed(trained, tmp_path / "out", keep=2)
     with pytest.raises(SystemExit, match=rf"was trained with --{name} .* \(now {value}\): it cannot be continued"):
         train(folder, resume_from_checkpoint="latest", **{name: value})
 
 
-def test_other_frozen_weights_are_noticed_when_a_training_goes_on(trained, train, start, tmp_path):
+@pytest.mark.parametrize(
+    "mode, file, name, said",
+    [
+        ("detach", "model/model", "model.connector.fc1.weight", "another understanding branch than that of"),
+        (
+            "detach",
+            "vae/diffusion_pytorch_model",
+            "encoder.conv_in.bias",
+            "another autoencoder, other intensity windows",
+        ),
+        ("LoRA", "model/model", "model.language_model.norm_moe_gen.weight", "another base of its adapter than that of"),
+    ],
+)
+def test_another_start_is_noticed_when_a_training_goes_on(
+    uninterrupted, train, start, tmp_path, mode, file, name, said
+):
+    folder = killed(uninterrupted(mode), tmp_path / "out", keep=2)
+    shutil.copytree(start, tmp_path / "start")
+    file = tmp_path / "start" / f"{file}.safetensors"
+    tensors = load_file(file)
+    tensors[name] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(SystemExit, match=said):
+        options = {"pretrained_model_name_or_path": tmp_path / "start", "resume_from_checkpoint": "latest"}
+        train(folder, **MODES[mode], **options)
+
+
+def test_other_windows_are_noticed_when_a_training_goes_on(trained, train, start, tmp_path):
     folder = killed(trained, tmp_path / "out", keep=2)
     shutil.copytree(start, tmp_path / "start")
-    file = tmp_path / "start" / "model" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.connector.fc1.weight"] += 1
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(SystemExit, match="frozen weights"):
+    for file in (tmp_path / "start").rglob("processor_config.json"):
+        content = json.loads(file.read_text())
+        content["image_processor"]["intensity"]["CT"]["high"] = 2000.0
+        file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="another autoencoder, other intensity windows or other sizes than that of"):
         train(folder, pretrained_model_name_or_path=tmp_path / "start", resume_from_checkpoint="latest")
 
 
@@ -473,6 +507,12 @@ def test_a_folder_that_holds_a_training_is_not_written_over(train, trained):
         ({"use_8bit_adam": True, "muon_learning_rate": 0.02}, "two optimizers: choose one"),
         ({"report_to": "nowhere"}, "--report_to nowhere is not installed"),
         ({"drop_vae": 1.5}, r"probability of vae must be within \[0, 1\]"),
+        ({"logging_steps": 0}, "--logging_steps must be above 0, got 0"),
+        ({"checkpoints_total_limit": -1}, "--checkpoints_total_limit must be above 0, got -1"),
+        (
+            {"dataset_name": "lab/pairs", "routes": "MRI-CT"},
+            "--routes and --slice_step choose among scans, and lab/pairs",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(train, tmp_path, capsys, options, said):
@@ -563,6 +603,20 @@ def test_sharded_training_in_half_precision_sees_what_whole_training_sees(argume
     in_processes("train_generation", arguments(tmp_path / "whole", **options), 2)
     in_processes("train_generation", arguments(tmp_path / "sharded", **options), 2, sharded=True)
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["detach", "LoRA"])
+def test_a_look_at_held_out_patients_changes_nothing_of_a_sharded_training(arguments, tmp_path, mode):
+    options = {**MODES[mode], "ema_decay": 0.9, "checkpointing_steps": 100}
+    in_processes("train_generation", arguments(tmp_path / "blind", **options), 2, sharded=True)
+    seen = {"validation_steps": 3, "validation_images": 2}
+    in_processes("train_generation", arguments(tmp_path / "seen", **options, **seen), 2, sharded=True)
+    assert (
+        losses(tmp_path / "seen") == losses(tmp_path / "blind")
+        and (tmp_path / "seen" / "validation" / "3.png").exists()
+    )
+    assert result(tmp_path / "seen") == result(tmp_path / "blind")
 
 
 @pytest.mark.slow

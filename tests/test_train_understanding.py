@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data import synermed
 from synermedgen_hf.data.collating import QuestionCollator
 from synermedgen_hf.loading_synermedgen import PART_PATTERNS, part_of
-from synermedgen_hf.metrics.understanding import answer_questions
+from synermedgen_hf.metrics.understanding import COPIED, answer_questions
 from synermedgen_hf.modeling_synermedgen import SynerMedGenAttention
 
 SCRIPT, RECIPES = EXAMPLES / "train_understanding.py", sorted((EXAMPLES / "recipes").glob("understanding*.yaml"))
@@ -334,6 +335,7 @@ def test_the_shares_of_tasks_are_those_asked_for(script, arguments, tmp_path):
         ({"task_shares": [1, 2]}, "--task_shares has 2 numbers for 0 --tasks"),
         ({"dataset_config": "mi", "tasks": ["MI", "CTS"]}, "--dataset_config mi has no other tasks"),
         ({"phantom_cases": [1, 1, 1], "data_dir": "scans"}, "--phantom_cases is in the place of --data_dir"),
+        ({"muon_learning_rate": 0.02, "use_peft": True}, "--muon_learning_rate trains whole matrices, and --use_peft"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused_before_anything_is_loaded(train, tmp_path, options, message):
@@ -446,10 +448,25 @@ def test_evaluation_without_options_to_choose_from_is_of_the_loss_alone(own, row
 def test_answers_in_words_are_judged_where_there_is_nothing_to_choose_from(own, rows, train, tmp_path):
     rows = [{name: row[name] for name in ("images", "messages", "options", "answer")} for row in rows]
     in_words = [{**row, "options": []} for row in rows]
-    own(rows[:2] + in_words[2:4], split="validation")
+    own(in_words[:4], split="validation")
     train(tmp_path / "out", max_steps=2, eval_strategy="steps", eval_steps=2, **own(rows))
     (judged,) = [row for row in history(tmp_path / "out") if "eval_accuracy/questions" in row]
-    assert judged["eval_accuracy/questions"] in {0, 25, 50, 75, 100}
+    # The same as if the saved pipeline were asked.
+    asked = [
+        {**dict.fromkeys(COPIED), **row} for row in Dataset.from_list(in_words[:4]).cast_column("images", List(Image()))
+    ]
+    pipe = load(tmp_path / "out" / "pipeline")
+    records = list(answer_questions(pipe.model, pipe.processor, asked, generate=True))
+    right = [record["text_correct"] for record in records]
+    assert judged["eval_accuracy/questions"] == 100 * sum(right) / 4
+
+
+def test_the_best_checkpoint_is_that_of_the_best_accuracy(train, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy/CTS"}
+    train(tmp_path / "out", max_steps=4, eval_strategy="steps", eval_steps=2, eval_questions=4, **best)
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    logged = [row["eval_accuracy/CTS"] for row in state["log_history"] if "eval_accuracy/CTS" in row]
+    assert len(logged) == 2 and state["best_metric"] == max(logged)
 
 
 def test_gradient_checkpointing_gives_the_same_losses(train, trained, tmp_path, monkeypatch):
@@ -492,7 +509,17 @@ def test_a_training_goes_on_beyond_its_first_end(trained, train, tmp_path):
     assert losses(tmp_path / "out") == losses(trained)
 
 
-@pytest.mark.parametrize("options", [{"tasks": ["MI"]}, {"per_case": 3}, {"data_seed": 7}, {"shuffle_answers": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tasks": ["MI"]},
+        {"per_case": 3},
+        {"data_seed": 7},
+        {"seed": 7},
+        {"train_sampling_strategy": "group_by_length"},
+        {"shuffle_answers": True},
+    ],
+)
 def test_other_questions_are_noticed_when_a_training_goes_on(trained, train, tmp_path, options):
     folder = killed(trained, tmp_path / "out", keep=2)
     with pytest.raises(SystemExit, match=f"was trained on other questions: .*{next(iter(options))} .*now"):
@@ -625,11 +652,30 @@ def test_a_row_whose_answer_is_no_option_is_named_without_its_patient(own, rows,
     assert rows[3]["patient_id"] not in str(error.value)
 
 
-def test_a_row_whose_picture_is_none_is_named(own, rows, train, tmp_path):
-    damaged = {"bytes": b"no picture", "path": "1.png"}
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_whose_picture_is_none_is_named_and_its_file_is_not(own, rows, train, tmp_path, streaming):
+    damaged = {"bytes": b"no picture", "path": "Jane Doe.png"}
     rows = [*rows[:3], {**rows[3], "images": [damaged, *rows[3]["images"][1:]]}, *rows[4:]]
-    with pytest.raises(ValueError, match="Row 3 of train .* cannot be learned from"):
-        train(tmp_path / "out", **own(rows), **BRIEF)
+    count = len(rows[3]["images"])
+    message = rf"Row 3 of train .* cannot be learned from: its image 1 of {count} cannot be opened"
+    with pytest.raises(ValueError, match=message) as error:
+        train(tmp_path / "out", dataset_streaming=streaming, **own(rows), **BRIEF)
+    assert "Jane" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_may_be_named_by_path_and_rows_have_a_length_of_something_else(rows, train, tmp_path, streaming):
+    lines = []
+    for number, row in enumerate(rows):
+        names = [str(tmp_path / f"{number}-{place}.png") for place in range(len(row["images"]))]
+        for name, picture in zip(names, row["images"], strict=True):
+            Path(name).write_bytes(picture["bytes"])
+        lines.append(json.dumps({"images": names, "messages": row["messages"], "length": "long"}))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text("\n".join(lines))
+    own = {"dataset_name": tmp_path / "own", "dataset_config": "default", "dataset_streaming": streaming}
+    train(tmp_path / "out", **own, **BRIEF)
+    assert (tmp_path / "out" / "pipeline").exists()
 
 
 def test_a_row_longer_than_the_context_is_named_before_training(train, tmp_path):
@@ -857,6 +903,33 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(train, argume
     resumed = killed(tmp_path / "two", tmp_path / "resumed", keep=2)
     in_processes("train_understanding", arguments(resumed, **options, resume_from_checkpoint="latest"), 2)
     assert losses(resumed) == losses(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, LORA], ids=["whole", "accumulated", "LoRA"]
+)
+def test_two_processes_that_share_out_the_weights_do_what_two_whole_ones_do(arguments, tmp_path, options):
+    """FSDP2, with the settings of the configuration that the recipes name."""
+    options = {**options, "eval_strategy": "steps", "eval_steps": 3, "eval_questions": 7}
+    in_processes("train_understanding", arguments(tmp_path / "whole", **options), 2)
+    in_processes("train_understanding", arguments(tmp_path / "sharded", **options), 2, sharded=True)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    name = "adapter_model.safetensors" if options.get("use_peft") else f"pipeline/{WEIGHTS}"
+    made, expected = (load_file(tmp_path / folder / name) for folder in ("sharded", "whole"))
+    assert made.keys() == expected.keys()
+    assert max(float((made[name] - expected[name]).abs().max()) for name in made) < 1e-4
+    resumed = killed(tmp_path / "sharded", tmp_path / "resumed", keep=2)
+    in_processes("train_understanding", arguments(resumed, **options, resume_from_checkpoint="latest"), 2, sharded=True)
+    assert losses(resumed) == losses(tmp_path / "sharded")
+
+
+@pytest.mark.slow
+def test_sharded_training_in_half_precision_sees_what_whole_training_sees(arguments, tmp_path):
+    options = {"bf16": True, "max_steps": 2}
+    for folder, sharded in (("whole", False), ("sharded", True)):
+        in_processes("train_understanding", arguments(tmp_path / folder, **options), 2, sharded=sharded)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=0.01)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Every command has `--json` and ends with one of the exit codes that the help sta
 """
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -499,6 +500,8 @@ def evaluate_understanding(
     def evaluate():
         if (data_dir is None) == (phantom_cases is None):
             raise ValueError("Pass either --data-dir or --phantom-cases.")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("evaluate-understanding is for one process, and several would answer everything twice.")
         import torch
         from datasets import load_dataset_builder
         from tqdm.auto import tqdm

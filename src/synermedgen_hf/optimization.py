@@ -1,10 +1,11 @@
-"""Muon for the matrices of the layers, AdamW for everything else, as one optimizer.
+"""How both stages optimise: Muon for the matrices of the layers beside AdamW, and what FSDP does with gradients.
 
-For small models that start from random weights. Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) is made
+Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) is for small models that start from random weights, and
 for the matrices inside the layers; embeddings, heads, norms and biases want AdamW.
 """
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -58,4 +59,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
-__all__ = ["MuonWithAdamW"]
+def configure_sharding(accelerator):
+    """
+    What accelerate's defaults for FSDP would cost: gradients are shared out after each micro-batch, or every card would
+    keep them whole from one to the next; under bfloat16 they are summed up in float32, and inputs, such as timesteps
+    and the weights of tokens, are not rounded.
+
+    Args:
+        accelerator (`Accelerator`): Of an FSDP2 launch, before anything is prepared.
+    """
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+__all__ = ["MuonWithAdamW", "configure_sharding"]

@@ -476,6 +476,8 @@ GOOD = question(TIA, "<image><image>", "A")
         (question(CTS, "<image>" * 3, "A"), "3 image markers for 5 images"),
         (question(TIA, "<image>" * 3, "A"), "3 image markers for 2 images"),
         (question([], "Which?", "A"), "the row has no image"),
+        (question(CTS, "", "E"), "the answer is none of the options A to D: E"),
+        (question(TIA, "", "Option F"), "the answer is none of the options A to D: Option F"),
         ({"image": TIA, "conversations": [{"from": "human", "value": "<image><image>"}]}, "the row has no answer"),
         (question(["../secret.png", TIA[1]], "<image><image>", "A"), "../secret.png points out of slice/"),
         (question(["/etc/hostname", TIA[1]], "<image><image>", "A"), "/etc/hostname points out of slice/"),

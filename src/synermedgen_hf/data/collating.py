@@ -48,14 +48,18 @@ def check_question(processor, tokens, row: dict, max_length: int) -> int:
         max_length (`int`): The context, in tokens.
 
     Raises:
-        `ValueError`: There is no image, the answer is empty or none of the options, or the row is too long.
+        `ValueError`: There is no image, one cannot be opened, the answer is empty or none of the options, or the row is
+            too long.
     """
     if not row.get("images"):
         raise ValueError("it has no image")
     grids = []
     for picture in row["images"]:
         if isinstance(picture, dict):
-            picture = Image.open(picture["path"] if picture["bytes"] is None else BytesIO(picture["bytes"]))
+            try:
+                picture = Image.open(picture["path"] if picture["bytes"] is None else BytesIO(picture["bytes"]))
+            except OSError:  # its words name the file, and a file may be named after a patient
+                raise ValueError(f"its image {len(grids) + 1} of {len(row['images'])} cannot be opened") from None
         window = {"window": own_window(picture)}
         count = processor.image_processor.get_number_of_image_patches(picture.height, picture.width, window)
         grids.append((1, count))

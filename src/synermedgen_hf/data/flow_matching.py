@@ -109,6 +109,7 @@ class PairPool:
         known = {route: number for number, route in enumerate(ROUTES)}
         routes = sorted(pairs, key=lambda route: (known.get(route, len(known)), route))
         self.pairs = {route: pairs[route] for route in routes}
+        self._check_sizes()
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
@@ -119,6 +120,16 @@ class PairPool:
         if number not in self.known_grids:
             self.known_grids[number] = self.encoder.grids(*self.stored[number].size())
         return self.known_grids[number]
+
+    def _check_sizes(self):
+        for route, pairs in self.pairs.items():
+            for pair in pairs:
+                one, other = (self.stored[pair.slices[side]].size() for side in (route.source, route.target))
+                if one != other:
+                    raise ValueError(
+                        f"The slices of a pair of {pair.case} ({route}) have different sizes, {one} and {other}: "
+                        "resample them first."
+                    )
 
     def _fingerprint(self) -> str:
         """
@@ -361,12 +372,7 @@ class PairBatches:
         text = self.text_block(instruction)
         blocks.append(type(text)(text.ids, dropped=bool(rng.random() < dropout.text)))
         target = pair.slices[route.target]
-        target_grid, _ = self.pool.grids(target)
-        if target_grid != self.pool.grids(pair.slices[route.source])[0]:
-            raise ValueError(
-                f"The slices of a pair of {pair.case} ({route}) have different sizes: resample them first."
-            )
-        blocks.append(ImageBlock("target", target_grid))
+        blocks.append(ImageBlock("target", self.pool.grids(target)[0]))
         timestep = 1 / (1 + np.exp(-(self.logit_mean + self.logit_std * rng.standard_normal())))
         shift = self.config.timestep_shift
         timestep = float(shift * timestep / (1 + (shift - 1) * timestep))

@@ -283,6 +283,8 @@ def _understanding_row(line: dict, offset: int) -> tuple[dict, list[str]]:
         task = {5: "CTS", 2: "TIA"}.get(len(names), "")
         options = ["A", "B", "C", "D"] if task in ("CTS", "TIA") else []
         letter = parse_answer(answer, options) if task == "CTS" or options and LETTER_ALONE.fullmatch(answer) else None
+        if options and letter is None and LETTER_ALONE.fullmatch(answer):
+            raise ValueError(f"the answer is none of the options A to D: {answer}")
         if letter and letter != answer:
             first = [role for role, _ in turns].index("gpt")
             turns[first] = ("gpt", letter)
