@@ -82,6 +82,10 @@ ABOVE_ZERO = (
     "checkpointing_steps checkpoints_total_limit logging_steps slice_step"
 ).split()
 BUDGET = ("max_train_minutes", "max_train_steps")
+DATA = (
+    "pretrained_model_name_or_path dataset_name dataset_config_name data_dir routes slice_step phantom_cases "
+    "train_cases slices_per_case"
+).split()
 
 
 def parse_args(argv=None):
@@ -349,10 +353,13 @@ def main(args):
     check_data(args)
     state = json.loads((folder / "training_state_0.json").read_text()) if folder else {}
     if (args.output_dir / RECORD).exists():
-        had = json.loads((args.output_dir / RECORD).read_text()).get("budget")
-        if had not in (None, lasting_settings(args, BUDGET)):
+        had = json.loads((args.output_dir / RECORD).read_text())["arguments"]
+        now = json.loads(json.dumps(lasting_settings(args, (*BUDGET, *LASTING, *DATA)), default=str))
+        if changed := [
+            f"--{name} {had[name]} (now {now[name]})" for name in now if had.get(name, now[name]) != now[name]
+        ]:
             raise SystemExit(
-                f"{args.output_dir} holds a baseline that is trained to its end with another budget, {had}: choose "
+                f"{args.output_dir} holds a baseline that is trained to its end with {', '.join(changed)}: choose "
                 "another --output_dir."
             )
         logger.info("%s is trained already.", args.output_dir)
@@ -427,7 +434,6 @@ def main(args):
         "routes": [route.name for route in pool.pairs],
         "codec": codec_settings(codec),
         "minutes": round(seconds / 60, 3),
-        "budget": lasting_settings(args, BUDGET),
         "steps": step,
         "samples": step * args.train_batch_size,
         "parameters": unet.num_parameters(),

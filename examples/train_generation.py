@@ -64,7 +64,7 @@ from tqdm.auto import tqdm
 
 from synermedgen_hf import SynerMedGenPipeline
 from synermedgen_hf.data.flow_matching import Dropout, PairBatches, PairPool, StreamedBatches, padding, phantom_rows
-from synermedgen_hf.data.latents import SliceEncoder, codec_fingerprint
+from synermedgen_hf.data.latents import SliceEncoder, codec_fingerprint, window_for
 from synermedgen_hf.data.pairs import PAIR_FEATURES
 from synermedgen_hf.data.phantom import load_phantom
 from synermedgen_hf.data.routes import ROUTES
@@ -388,14 +388,12 @@ class Validation:
         pipe.set_progress_bar_config(disable=True)
         made = []
         for row in self.rows:
-            window, spec = row["source_window"], self.codec.intensity[row["source_modality"]]
-            own = "high" in spec and window["unit"] == spec["unit"]  # as prepare_slice, for training
             made += pipe(
                 row["source_image"],
                 target=row["target_modality"],
                 source=row["source_modality"],
                 region=row["region"] or None,
-                window=None if own else (window["low"], window["high"]),
+                window=window_for(self.codec, row["source_modality"], row["source_window"]),
                 seed=self.args.seed,
                 output_type="np",
             ).images

@@ -193,6 +193,7 @@ def test_slices_of_several_sizes_are_padded_with_the_low_end_of_the_window(scrip
 
 def test_simulated_patients_without_any_data(train, tmp_path):
     small = {"data_dir": None, "phantom_cases": None, "train_cases": 1, "slices_per_case": 1, "max_train_steps": 1}
+    small["slice_step"] = 1
     train(tmp_path / "run", baseline="unet", cache_dir=tmp_path / "phantom", routes="whole-body/CT-PET", **small)
     record = read_network(tmp_path / "run")
     assert record["routes"] == ["whole-body/CT-PET"] and record["data"].startswith("simulated patients")
@@ -242,9 +243,17 @@ def test_what_is_done_is_not_done_again(train, uninterrupted):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_done_with_another_budget_is_no_answer(train, uninterrupted):
-    with pytest.raises(SystemExit, match="trained to its end with another budget"):
-        train(uninterrupted("unet"), baseline="unet", max_train_minutes=90, resume_from_checkpoint="latest")
+@pytest.mark.parametrize(
+    "options",
+    [{"max_train_minutes": 90}, {"baseline": "pix2pix"}, {"data_dir": "elsewhere"}, {"routes": "brain/MRI-CT"}],
+    ids=str,
+)
+def test_what_is_done_of_something_else_is_no_answer(train, uninterrupted, tmp_path, options):
+    folder = shutil.copytree(uninterrupted("unet"), tmp_path / "done")
+    for checkpoint in folder.glob("checkpoint-*"):  # as if it had been too short for one
+        shutil.rmtree(checkpoint)
+    with pytest.raises(SystemExit, match=rf"trained to its end with .*--{next(iter(options))} .* \(now"):
+        train(folder, **{"baseline": "unet", "resume_from_checkpoint": "latest", **options})
 
 
 def test_the_record_says_what_was_trained(uninterrupted, processor):

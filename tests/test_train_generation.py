@@ -232,12 +232,14 @@ def test_an_adapter_is_published_where_no_pipeline_is(train, hub, start, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["detach", "LoRA"])
-def test_gradient_checkpointing_gives_the_same_losses(uninterrupted, train, tmp_path, monkeypatch, mode):
-    whole, calls, attend = uninterrupted(mode), [], SynerMedGenAttention.attend
+def test_gradient_checkpointing_gives_the_same_losses(train, tmp_path, monkeypatch, mode):
+    calls, attend = [], SynerMedGenAttention.attend
     monkeypatch.setattr(SynerMedGenAttention, "attend", lambda *args, **kw: calls.append(1) or attend(*args, **kw))
+    train(tmp_path / "plain", **MODES[mode])
+    without = len(calls)
     train(tmp_path / "out", gradient_checkpointing=True, **MODES[mode])
-    assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-4)
-    assert len(calls) == 6 * 2 * 2  # steps, layers, and each layer once more
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert len(calls) - without == 2 * without  # each layer once more
 
 
 def test_half_precision_trains_float32_weights(train, trained, tmp_path):

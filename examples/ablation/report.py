@@ -31,6 +31,12 @@ from synermedgen_hf.metrics.statistics import correct_p_values
 
 REPORT, CURVES, CONFIG = "report.md", "curves.png", "config.json"
 SEEDS_WANTED = 3
+# Which arms have been taught a task.
+LEARNERS = {
+    "CTS": ("all", "no-mi", "no-tia", "random"),
+    "MI": ("all", "no-cts", "no-tia", "random"),
+    "TIA": ("all", "no-cts", "no-mi", "random"),
+}
 NAMES = {
     "untaught": "nothing, nor what the base has been taught",
     "none": "nothing",
@@ -318,7 +324,7 @@ def in_words(found: dict[Comparison, dict], names: dict[str, str] = NAMES) -> st
 def what_was_learned(output: Path, config: dict) -> str:
     """Whether Stage I taught its tasks, beyond what the base knew: without that, Stage II says little of the claim."""
     said, base = [], read_answers(output, "none", 0)
-    for task, arms in (("CTS", ("all", "no-mi", "no-tia", "random")), ("MI", ("all",)), ("TIA", ("all",))):
+    for task, arms in LEARNERS.items():
         for arm in arms:
             answers = [read_answers(output, arm, seed) for seed in config["seeds"] if arm in config["arms"]]
             found = [own[task] for own in answers if task in own]

@@ -303,6 +303,8 @@ def tidy(folder: Path):
 def main(args):
     if not (args.base / "model_index.json").exists():
         raise SystemExit(f"{args.base} holds no pipeline: make one with examples/pretrain_tiny.py.")
+    if args.untaught and not (args.untaught / "model_index.json").exists():
+        raise SystemExit(f"{args.untaught} holds no pipeline: --untaught is what the base was made of.")
     steps = make_steps(args)
     kinds = [step.kind for step in steps if not step.is_done]
     counted = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "none"

@@ -633,6 +633,9 @@ def evaluate(
     beside: Annotated[
         list[Path] | None, typer.Option(help="Another evaluation to print beside, such as a baseline's.")
     ] = None,
+    untrained_routes: Annotated[
+        bool, typer.Option("--untrained-routes", help="Judge routes too that the model was not trained for.")
+    ] = False,
     as_json: Json = False,
 ):
     """Synthesise and judge every route of held-out patients. On several GPUs: accelerate launch -m synermedgen_hf.cli.
@@ -666,6 +669,7 @@ def evaluate(
             dtype=dtype.value,
             seed=seed,
             beside=beside or (),
+            untrained_routes=untrained_routes,
         )
         if text is None:  # the first process speaks for all
             return None

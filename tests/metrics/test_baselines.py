@@ -38,9 +38,10 @@ def pair(source, target, route="brain/CBCT-CT"):
     region, modalities = route.split("/")
     row = {"region": region}
     for side, modality, array in zip(("source", "target"), modalities.split("-"), (source, target), strict=True):
-        low, high = WINDOWS[modality]
+        unit = {"CT": "HU", "CBCT": "HU", "PET": "SUV"}.get(modality, "a.u.")
+        window = dict(zip(("low", "high"), WINDOWS[modality], strict=True), unit=unit)
         picture = Image.fromarray(np.asarray(array, np.float32))
-        row |= {f"{side}_image": picture, f"{side}_modality": modality, f"{side}_window": {"low": low, "high": high}}
+        row |= {f"{side}_image": picture, f"{side}_modality": modality, f"{side}_window": window}
     return row
 
 
@@ -167,15 +168,6 @@ def make_unet(routes=2):
     return UNet2DModel(**channels, **blocks, num_class_embeds=routes).eval()
 
 
-def scanned(source, route):
-    """A row with the units of its windows."""
-    row = pair(source, source, route)
-    for side in ("source", "target"):
-        unit = {"CT": "HU", "CBCT": "HU", "PET": "SUV"}.get(row[f"{side}_modality"], "a.u.")
-        row[f"{side}_window"] = {"unit": unit, **row[f"{side}_window"]}
-    return row
-
-
 @pytest.fixture(scope="module")
 def small():
     """A codec of pictures of 32 to 64 pixels."""
@@ -207,7 +199,7 @@ def test_a_network_answers_in_the_targets_units_on_the_sources_grid(small, route
 def test_a_network_is_asked_as_it_was_trained(small):
     """With what the codec makes of the source, and the label of the route, whatever the batch."""
     route, unet = "brain/T1-T2", make_unet()
-    rows = [scanned(one, route) for one in one_each(0, 600, 3)]
+    rows = [pair(one, one, route) for one in one_each(0, 600, 3)]
     made = TrainedNetwork(unet, small, ["brain/T2-T1", route])(rows, [0, 0, 0])
     other = TrainedNetwork(unet, small, [route, "brain/T2-T1"])(rows[:1], [0])
     for row, one in zip(rows, made, strict=True):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from synermedgen_hf import checkpoint_path, cli
@@ -73,6 +74,10 @@ def test_the_window_of_mr_is_that_of_the_whole_volume(image_processor, off):
     (record,) = case_ceiling(off(0.01), image_processor, {"T1": volume}, chosen=[0])
     # The background is clipped to the window's low end and back, so half of 1000 * 0.01 is seen everywhere.
     assert record["metrics"]["mae_au_frame"] == pytest.approx(5, abs=0.1)
+    # MR has no absolute scale: the same scan in other arbitrary units has the same error.
+    (louder,) = case_ceiling(off(0.01), image_processor, {"T1": 10 * volume}, chosen=[0])
+    assert louder["metrics"]["mae_au_frame"] == pytest.approx(record["metrics"]["mae_au_frame"], rel=1e-3)
+    assert louder["protocol"] == record["protocol"] and record["protocol"]["scale"] == [0, 1000]
 
 
 def test_what_the_processor_does_not_know_is_left_out(image_processor, off, hounsfield):
@@ -105,6 +110,12 @@ def test_the_command_tells_every_modality_and_goes_on(tmp_path):
 
     other = run(tmp_path, "--codec", "bands")
     assert other.exit_code == 1 and "holds answers to something else: window of" in other.stderr
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path):
+    options = {"phantom_cases": 1, "phantom_slices": 1, "phantom_size": 48}
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="Another run is writing to"):
+        measure_ceiling(tmp_path, checkpoint_path(), **options)
 
 
 def test_refusals_come_before_any_work(tmp_path):

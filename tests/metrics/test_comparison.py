@@ -113,6 +113,29 @@ def test_the_better_one_is_named(evaluation, metric, better):
     assert table.splitlines()[-1].endswith(f"| {better} |")
 
 
+def test_nobody_is_better_where_one_patient_outweighs_all_others(evaluation):
+    """Nine patients with a slice each say one thing, a tenth with a hundred slices says another."""
+    differences = [(patient, 0, -0.02 - 0.001 * patient) for patient in range(9)]
+    differences += [(9, place, 0.01) for place in range(100)]
+    second = [record(patient, place, ssim_frame=0.5) for patient, place, _ in differences]
+    first = [record(patient, place, ssim_frame=0.5 + by) for patient, place, by in differences]
+    found = compare(evaluation("a", first), evaluation("b", second))
+    own = found["routes"]["brain/T1-T2"]["ssim_frame"]
+    assert own["q"] < 0.05 and own["difference"] > 0 > own["difference of patients"]
+    assert comparison_table(found).splitlines()[-1].endswith("|  |")
+
+
+def test_cases_with_and_without_a_mask_are_compared_apart(evaluation):
+    stamps = [{"name": "made", "area": "mask: as given"}, {"name": "made", "area": "body: above 0"}]
+    first = [record(patient, protocol=stamps[patient % 2], dice_bone=0.5 + 0.3 * (patient % 2)) for patient in range(8)]
+    second = [{**one, "metrics": {"dice_bone": 0.4}} for one in first]
+    found = compare(evaluation("a", first), evaluation("b", second))["routes"]
+    assert {route: own["dice_bone"]["first"] for route, own in found.items()} == {
+        "brain/T1-T2": 0.5,
+        "brain/T1-T2 (body)": 0.8,
+    }
+
+
 def test_where_either_is_not_defined_a_case_is_left_out(evaluation):
     first = [record(patient, ssim_frame=0.5, dice=None if patient == 1 else 0.9) for patient in range(4)]
     second = [record(patient, ssim_frame=0.5, dice=None if patient == 2 else 0.8) for patient in range(4)]

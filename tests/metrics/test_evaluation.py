@@ -64,7 +64,8 @@ def run(scans, weights, tmp_path):
     """An evaluation of the training patients, into a folder of a name."""
 
     def run(name, **arguments):
-        arguments = {"data_dir": scans, "model": weights, "split": "train", "batch_size": 4, **FAST, **arguments}
+        sampler = {} if "baseline" in arguments else FAST
+        arguments = {"data_dir": scans, "model": weights, "split": "train", "batch_size": 4, **sampler, **arguments}
         evaluate(tmp_path / name, **arguments)
         return tmp_path / name
 
@@ -327,8 +328,44 @@ def made_case(usable):
 def test_slices_with_gaps_are_no_volume():
     judge = Judge(lambda rows, seeds: [np.zeros((32, 32))] * len(rows), SynerMedGenImageProcessor(), level="volume")
     units = list(judge.units(row for _, row in pair_rows(made_case([0, 1, 3, 4]))))
-    with pytest.raises(ValueError, match="made/case: the usable slices 0 to 4 have gaps.*--level slice"):
+    with pytest.raises(evaluation.NoVolume, match="made/case: the usable slices 0 to 4 have gaps.*--level slice"):
         judge(units[0])
+
+
+def test_a_case_that_is_no_volume_is_left_out_and_the_others_are_judged(run, monkeypatch, caplog):
+    stack, gone = evaluation._stack, []
+
+    def with_a_gap(rows, slices):
+        if not gone or rows[0]["case_id"] in gone:
+            gone.append(rows[0]["case_id"])
+            rows = rows[:1] + rows[2:]
+            rows[-1] = {**rows[-1], "slice_index": 99}
+        return stack(rows, slices)
+
+    monkeypatch.setattr(evaluation, "_stack", with_a_gap)
+    folder = run("volumes", baseline="copy", level="volume")
+    assert {record["case_id"] for record in records_of(folder)}.isdisjoint(gone) and len(records_of(folder)) == 6
+    assert "have gaps" in caplog.text and read_summary(folder)["cases"]["without slices"] == 1
+
+
+def test_sources_are_read_through_the_windows_of_the_checkpoint(weights, scans, rows, tmp_path):
+    """As they were in training: those of the data set are the usual ones, which this checkpoint does not have."""
+    model = Path(shutil.copytree(weights, tmp_path / "narrow"))
+    for file in model.rglob("processor_config.json"):
+        content = json.loads(file.read_text())
+        content["image_processor"]["intensity"]["CT"]["high"] = 1000.0
+        file.write_text(json.dumps(content))
+    options = {"data_dir": scans, "split": "train", "routes": ["CT-MRI"], "slice_step": 5}
+    evaluate(tmp_path / "run", model=model, **options, **FAST)
+    pipe = SynerMedGenPipeline.from_pretrained(model, print_report=False)
+    by_name = {(row["case_id"], row["slice_index"]): row for row in rows if row["target_modality"] == "MRI"}
+    record = records_of(tmp_path / "run")[0]
+    row = by_name[record["case_id"], record["slice_index"]]
+    asked = {"target": "MRI", "source": "CT", "region": row["region"], "seed": record["seed"], "output_type": "np"}
+    made = pipe(np.asarray(row["source_image"]), **asked, **FAST).images[0]
+    wanted = evaluation.true_target(pipe.processor.image_processor, row)
+    judged = evaluate_case(made, wanted, mask=np.asarray(row["mask"], bool), modality="MRI", window=(0.0, 1000.0))
+    check_alike(record["metrics"], judged["metrics"], 1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +422,20 @@ def test_without_a_wish_only_trained_routes_are_evaluated_and_the_others_said(ru
     assert "not trained for them: brain/CT-MRI, pelvis/MRI-CT, pelvis/CT-MRI" in caplog.text
 
 
+def test_routes_without_training_are_judged_where_that_is_asked_for(run, brain_only):
+    folder = run("all", model=brain_only, untrained_routes=True, slice_step=5)
+    assert set(read_summary(folder)["routes"]) == {
+        f"{region}/{way}" for region in ("brain", "pelvis") for way in ("MRI-CT", "CT-MRI")
+    }
+    with pytest.raises(ValueError, match="holds answers to something else: .*untrained_routes"):
+        run("all", model=brain_only, slice_step=5)
+
+
+def test_cases_without_a_wanted_route_are_not_counted(run):
+    summary = read_summary(run("pelvis", baseline="copy", routes=["pelvis/MRI-CT"]))
+    assert summary["cases"]["without slices"] == 0 and 0 < summary["cases"]["found"] < 4
+
+
 def test_weights_that_cannot_synthesise_are_not_asked(run, weights, tmp_path):
     model = Path(shutil.copytree(weights, tmp_path / "model"))
     config = json.loads((model / "model" / "config.json").read_text())
@@ -407,10 +458,18 @@ def test_weights_that_cannot_synthesise_are_not_asked(run, weights, tmp_path):
         ({"guidance_scale": -1.0}, "guidance_scale must be"),
         ({"routes": ["sideways"]}, "'sideways' names no route"),
         ({"data_dir": "nowhere"}, "nowhere"),
+        ({"phantom_slices": 4}, "phantom_slices would do nothing: they are of simulated patients"),
+        ({"baseline": "copy", "samples": 8}, "samples would do nothing: they are of the model, and copy"),
+        ({"beside": ["nowhere"]}, "nowhere holds no finished evaluation"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(run, tmp_path, arguments, says):
     assert says in refused(run, tmp_path, **arguments)
+
+
+def test_what_cannot_stand_beside_is_said_before_anything_is_written(run, whole, tmp_path):
+    said = refused(run, tmp_path, baseline="copy", beside=[whole], protocol="paper_frame")
+    assert said == f"{whole} cannot stand beside this evaluation: protocol synthrad2023 (here paper_frame)."
 
 
 def test_the_authors_released_pictures_are_no_scans(run, tmp_path):

@@ -243,6 +243,19 @@ def test_volumes_are_compared_where_they_lie():
         evaluate_case(Volume(prediction, affine), Volume(reference, affine), mask)
 
 
+def test_a_volume_says_what_it_is():
+    rng = np.random.default_rng(0)
+    one, other = (rng.uniform(0, 900, (12, 12, 12)).astype(np.float32) for _ in range(2))
+    made, true = (Volume(array, np.eye(4), modality, "a.u.") for array, modality in ((one, "T2"), (other, "T2")))
+    assert evaluate_case(made, true)["protocol"]["modality"] == "T2"
+    assert evaluate_case(Volume(one, np.eye(4)), Volume(other, np.eye(4)))["protocol"]["modality"] == "CT"
+    # A scanner says MR and no more, and a CBCT may be held against a CT.
+    assert evaluate_case(made, Volume(other, np.eye(4), "MRI"), modality="T2")["protocol"]["modality"] == "T2"
+    evaluate_case(Volume(one, np.eye(4), "CBCT", "HU"), Volume(other, np.eye(4), "CT", "HU"))
+    with pytest.raises(ValueError, match=r"CT is compared in HU, and the prediction is T2 in a\.u\."):
+        evaluate_case(made, true, modality="CT")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

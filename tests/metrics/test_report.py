@@ -153,7 +153,9 @@ def test_other_cases_have_another_checksum():
 def test_of_each_route_of_a_case_three_pictures_are_kept():
     records = [record(slice_index=place, picture=png(place), ssim_frame=abs(place - 3.2)) for place in range(9)]
     records.append(record("brain/T2-T1", picture=png(100)))
+    records.append(record(slice_index=9, picture=png(200), ssim_frame=None))
     keep_pictures(records)
+    assert "picture" not in records[10]  # nobody knows how good it is
     values = sorted(one["metrics"]["ssim_frame"] for one in records[:9])
     kept = {one["metrics"]["ssim_frame"] for one in records[:9] if "picture" in one}
     assert kept == {values[0], values[4], values[8]} and "picture" in records[9]

@@ -163,6 +163,23 @@ def check_sizes(image_processor):
             )
 
 
+def window_for(image_processor, modality: str, window: dict) -> tuple[float, float] | None:
+    """
+    The window to read a slice of a data set through; `None` leaves it to the codec.
+
+    HU and SUV are read through the window of the checkpoint, whatever that of the data set; MR, and grey levels, have
+    no scale but that of their volume.
+
+    Args:
+        image_processor ([`SynerMedGenImageProcessor`]): The codec.
+        modality (`str`): Of the slice.
+        window (`dict`): `unit`, `low` and `high` of its volume.
+    """
+    spec = image_processor.intensity.get(modality)
+    own = spec is not None and "high" in spec and window["unit"] == spec["unit"]
+    return None if own else (window["low"], window["high"])
+
+
 def prepare_slice(image_processor, picture: Image.Image, modality: str, window: dict, case: str) -> SliceInputs:
     """
     One slice of a data set as a model reads it.
@@ -177,11 +194,8 @@ def prepare_slice(image_processor, picture: Image.Image, modality: str, window: 
     Raises:
         `ValueError`: It is none that the codec takes; the case is named.
     """
-    spec = image_processor.intensity.get(modality)
-    # A window of the modality itself is the checkpoint's to choose; MR, and grey levels, bring their own.
-    own = spec is not None and "high" in spec and window["unit"] == spec["unit"]
     try:
-        return image_processor.preprocess_slice(picture, modality, None if own else (window["low"], window["high"]))
+        return image_processor.preprocess_slice(picture, modality, window_for(image_processor, modality, window))
     except ValueError as error:
         raise ValueError(f"A {modality} slice of {case} cannot be used: {error}") from error
 
@@ -251,4 +265,5 @@ __all__ = [
     "check_sizes",
     "codec_fingerprint",
     "prepare_slice",
+    "window_for",
 ]

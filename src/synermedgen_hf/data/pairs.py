@@ -1,7 +1,8 @@
 """Pairs as rows: two slices of one grid in scanner units, lossless, with all that is needed to go back to the scan."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import permutations
 
 import numpy as np
 from datasets import Features, Image, List, Value
@@ -53,6 +54,12 @@ def encode_mask(array: np.ndarray | None) -> dict | None:
 def is_wanted(source: str, target: str, region: str, routes: list[str] | None) -> bool:
     """Whether a route is among those asked for; `routes` name it with or without the region."""
     return routes is None or f"{source}-{target}" in routes or f"{region}/{source}-{target}" in routes
+
+
+def has_wanted_pair(modalities: Iterable[str], region: str, routes: list[str] | None) -> bool:
+    """Whether a case of these modalities has one of the routes asked for."""
+    pairs = permutations(modalities, 2)
+    return routes is None or any(is_wanted(*pair, region, routes) for pair in pairs)
 
 
 def pair_rows(case: LoadedCase, routes: list[str] | None = None, slice_step: int = 1) -> Iterator[tuple[str, dict]]:

@@ -22,7 +22,7 @@ import datasets
 import numpy as np
 from datasets import Features, Image, List, Value
 
-from .pairs import PAIR_FEATURES, is_wanted, pair_rows
+from .pairs import PAIR_FEATURES, has_wanted_pair, is_wanted, pair_rows
 from .phantom import PROTOCOLS, SPLIT_SEEDS, simulate_volume
 from .phantom_scanners import SCANNERS
 from .released import find_released, read_generation_rows, read_understanding_rows, released_shards
@@ -361,6 +361,9 @@ class SynerMed(datasets.GeneratorBasedBuilder):
             )
         generators = []
         for split, cases in by_split.items():
+            # What has no pair of the routes asked for need not be read.
+            wanted = [case for case in cases if has_wanted_pair(case.files, case.region, config.routes)]
+            cases = wanted or cases[:1]  # a split without any is not one that does not exist
             if not cases:
                 continue
             # Neighbours in the table are of different datasets and centres, as far as there are several.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from ..data.latents import prepare_slice
+from ..data.latents import prepare_slice, window_for
 from ..data.routes import Route
 from ..image_processing_synermedgen import to_channels
 from .ceiling import vae_ceiling
@@ -42,9 +42,8 @@ def encode(codec, row: dict, side: str) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(height, width)`: float32 in [-1, 1].
     """
-    window = row[f"{side}_window"]
-    array = np.asarray(row[f"{side}_image"])
-    return codec.encode_intensity(array, row[f"{side}_modality"], (window["low"], window["high"]))[0]
+    array, modality = np.asarray(row[f"{side}_image"]), row[f"{side}_modality"]
+    return codec.encode_intensity(array, modality, window_for(codec, modality, row[f"{side}_window"]))[0]
 
 
 def decode(codec, row: dict, codes: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from ..hub import check_folder
 from ..image_processing_synermedgen import SynerMedGenImageProcessor, set_codec
 from ..loading_synermedgen import weights_checksum
 from .protocols import PROTOCOLS, VERSION, evaluate_case
-from .runs import CASES, claim_folder, read_records
+from .runs import CASES, claim_folder, read_records, sole_user
 
 
 @torch.no_grad()
@@ -95,17 +95,26 @@ def case_ceiling(
     Returns:
         `list[dict]`: One record for each modality that the image processor knows: `modality`, `slices`, the stamp
         `protocol` and `metrics`, means over slices: the protocol's, and `mae_..._frame` and `rmse_..._frame` over whole
-        frames in scanner units.
+        frames in scanner units. MR, which has no absolute scale, is brought to the codec's own first, as in an
+        evaluation.
     """
     records = []
     for modality, volume in images.items():
         if modality not in image_processor.intensity:
             continue
         window, wanted = image_processor.intensity_window(volume, modality), np.asarray(volume[chosen], np.float32)
-        made = vae_ceiling(vae, image_processor, wanted, modality, window, batch_size)
         spec, own = image_processor.intensity[modality], None if mask is None else mask[chosen]
+        scale = None
+        if "percentile" in spec:
+            target = image_processor.target_record(modality)
+            scale = target["low"], target["high"]
+            share = (wanted - window[0]) / (window[1] - window[0])
+            wanted, window = (scale[0] + share * (scale[1] - scale[0])).astype(np.float32), scale
+        made = vae_ceiling(vae, image_processor, wanted, modality, window, batch_size)
         # A slice of MR is judged on the scale of its volume; of the others the protocol knows the range.
-        judged = _judge(made, wanted, own, modality, protocol, window if "percentile" in spec else None, spec["unit"])
+        judged = _judge(made, wanted, own, modality, protocol, scale, spec["unit"])
+        if scale is not None:
+            judged["protocol"]["scale"] = list(scale)
         records.append({"modality": modality, "slices": len(wanted), **judged})
     return records
 
@@ -205,11 +214,11 @@ def measure_ceiling(
     }
     output = Path(output)
     claim_folder(output, arguments)
-    records = read_records(output / CASES)
-    done = {(record["dataset"], record["case_id"]) for record in records}
     vae.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     skipped = []
-    with open(output / CASES, "a", encoding="utf-8") as file:
+    with sole_user(output), open(output / CASES, "a", encoding="utf-8") as file:
+        records = read_records(output / CASES)
+        done = {(record["dataset"], record["case_id"]) for record in records}
         for case in tqdm(cases, desc="VAE ceiling", unit="case"):
             if (case.dataset, case.case_id) in done:
                 continue
@@ -222,7 +231,10 @@ def measure_ceiling(
                 skipped.append({"case": case.name, "reason": "no slice shows enough of the patient"})
                 continue
             identity = {"dataset": case.dataset, "case_id": case.case_id, "region": case.region}
-            found = case_ceiling(vae, image_processor, images, mask, usable[::slice_step], protocol, batch_size)
+            try:
+                found = case_ceiling(vae, image_processor, images, mask, usable[::slice_step], protocol, batch_size)
+            except ValueError as error:
+                raise ValueError(f"{case.name} cannot be judged: {error} Is dtype {dtype} enough?") from error
             new = [{**identity, **record} for record in found]
             # One write for all modalities of a case: it is done or it is not.
             file.write("".join(f"{json.dumps(record)}\n" for record in new))

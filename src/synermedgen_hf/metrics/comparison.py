@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data.splits import write_whole
 from .protocols import check_same_protocol
-from .report import lower_is_better, markdown_table, read_summary
+from .report import group_of, lower_is_better, markdown_table, name_groups, read_summary
 from .runs import CASES, name_of
 from .statistics import correct_p_values, interval_of_mean, paired_p_value
 
@@ -23,10 +23,11 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         seed (`int`, defaults to 0): Of the draws.
 
     Returns:
-        `dict`: `first` and `second`, the folders, and `routes`: for each route and metric `n` cases and `patients` on
-        which both are defined, the mean of `first` and of `second`, the mean `difference` (first minus second), its
-        `interval` over patients, `p` of Wilcoxon's signed-rank test on the mean differences of patients, and `q`, the
-        same corrected for testing the metric on all routes (Benjamini and Hochberg).
+        `dict`: `first` and `second`, the folders, and `routes`: for each route (for each stamp, where a route has
+        several) and metric `n` cases and `patients` on which both are defined, the mean of `first` and of `second`, the
+        mean `difference` (first minus second), its `interval` over patients, the `difference of patients`, in which
+        each patient counts the same, `p` of Wilcoxon's signed-rank test on the latter's terms, and `q`, the same
+        corrected for testing the metric on all routes (Benjamini and Hochberg).
 
     Raises:
         `FileNotFoundError`: A folder holds no finished evaluation.
@@ -40,7 +41,8 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
             shown = "; ".join(" ".join(str(part) for part in name if part is not None) for name in absent[:5])
             more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
             raise ValueError(f"{folder} lacks {len(absent)} cases that the other evaluation has: {shown}{more}.")
-    values: dict[str, dict[str, list]] = {}
+    groups: dict[tuple[str, str], dict] = {}
+    values: dict[tuple[str, str], dict[str, list]] = {}
     for name, record in one.items():
         if record["protocol"] != other[name]["protocol"]:
             check_same_protocol([record, other[name]])
@@ -50,14 +52,16 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
                 f"{' '.join(str(part) for part in name if part is not None)} was not measured alike in both "
                 f"evaluations, another scan or another window: {'; '.join(unlike)}."
             )
+        groups.setdefault(group_of(record), record)
         for metric, value in record["metrics"].items():
             paired = other[name]["metrics"].get(metric)
             if value is not None and paired is not None:
-                of_route = values.setdefault(record["route"], {}).setdefault(metric, [])
+                of_route = values.setdefault(group_of(record), {}).setdefault(metric, [])
                 of_route.append((record["patient"], value, paired))
+    labels = dict(zip(groups, name_groups(groups.values()), strict=True))
     routes = {
-        route: {metric: _paired(cases, bootstrap, seed) for metric, cases in metrics.items()}
-        for route, metrics in values.items()
+        labels[group]: {metric: _paired(cases, bootstrap, seed) for metric, cases in metrics.items()}
+        for group, metrics in values.items()
     }
     for metric in dict.fromkeys(metric for metrics in routes.values() for metric in metrics):
         correct_p_values(found[metric] for found in routes.values() if metric in found)
@@ -88,18 +92,23 @@ def _paired(cases: list[tuple[str, float, float]], bootstrap: int, seed: int) ->
         "second": float(np.mean(second)),
         "difference": float(np.mean(differences)),
         "interval": interval_of_mean(sums, counts, bootstrap, seed),
+        "difference of patients": float(np.mean(sums / counts)),
         "p": paired_p_value(sums / counts),
     }
 
 
 def comparison_table(found: dict) -> str:
-    """What [`compare`] found as a Markdown table, with the better run wherever `q` is below 0.05."""
+    """
+    What [`compare`] found as a Markdown table. A run is named the better one where `q` is below 0.05, the interval
+    leaves out zero, and a difference in which each patient counts the same points the same way.
+    """
     columns = ["route", "metric", "n", "patients", "first", "second", "difference", "95 % interval", "p", "q", "better"]
     lines = []
     for route, metrics in found["routes"].items():
         for metric, own in metrics.items():
             interval, better = own["interval"], ""
-            if own["q"] is not None and own["q"] < 0.05:
+            signs = {np.sign(own["difference"]), np.sign(own["difference of patients"]), *np.sign(interval or [0])}
+            if own["q"] is not None and own["q"] < 0.05 and len(signs) == 1:
                 better = "first" if (own["difference"] < 0) == lower_is_better(metric) else "second"
             figures = [f"{own[name]:.4g}" for name in ("first", "second", "difference")]
             spread = "{:.4g} to {:.4g}".format(*interval) if interval else ""

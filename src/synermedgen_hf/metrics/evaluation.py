@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -27,11 +27,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import IterableDataset, load_dataset_builder
 from datasets.utils import logging
 from diffusers import UNet2DModel
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor
 
 from .. import model_source
+from ..data.latents import window_for
 from ..data.pairs import PAIR_FEATURES
 from ..data.routes import ROUTES, Route
 from ..data.splits import hash_unit, write_whole
@@ -53,12 +53,13 @@ from .baselines import (
     true_target,
 )
 from .protocols import VERSION, evaluate_case
-from .report import draw_strip, keep_pictures, write_report, write_summary
-from .runs import CASES, claim_folder, name_of, read_records
+from .report import draw_strip, keep_pictures, read_summary, write_report, write_summary
+from .runs import CASES, claim_folder, name_of, read_records, sole_user
 
 logger = logging.get_logger(__name__)
 
 PARTS, MAPPING = "parts", "mapping.json"
+PHANTOM_SIZE = 128
 BASELINES, LEVELS = ("copy", "mapping", "ceiling"), ("slice", "volume")
 Predict = Callable[[list[dict], list[int]], list[np.ndarray]]
 
@@ -73,7 +74,7 @@ def evaluate(
     split: str = "test",
     slice_step: int = 1,
     phantom_slices: int | None = None,
-    phantom_size: int = 128,
+    phantom_size: int = PHANTOM_SIZE,
     phantom_scanner: str = "usual",
     level: str = "slice",
     protocol: str = "synthrad2023",
@@ -86,6 +87,7 @@ def evaluate(
     dtype: str = "float32",
     seed: int = 0,
     beside: Iterable[str | Path] = (),
+    untrained_routes: bool = False,
 ) -> str | None:
     """
     Evaluate a model or a baseline, in every process of a launch.
@@ -117,6 +119,8 @@ def evaluate(
         seed (`int`, defaults to 0): Another one draws other noise for every case.
         beside (`Iterable[str | Path]`): Folders of other evaluations of the same cases under the same protocol, such as
             baselines, to print beside.
+        untrained_routes (`bool`, defaults to `False`): Judge the model on routes too that it was not trained for, such
+            as those of other regions.
 
     Returns:
         `str`: The tables of the report; `None` in all processes but the first.
@@ -139,6 +143,17 @@ def evaluate(
             )
         network = read_network(folder)
         baseline = network["kind"]
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    given |= {"image_guidance_scale": image_guidance_scale, "timestep_shift": timestep_shift}
+    sampler = [name for name, value in {**given, "samples": samples - 1, "seed": seed}.items() if value]
+    if baseline is not None and sampler:
+        raise ValueError(
+            f"{', '.join(sampler)} would do nothing: they are of the model, and {baseline} draws no noise."
+        )
+    simulated = {"phantom_slices": None, "phantom_size": PHANTOM_SIZE, "phantom_scanner": "usual"}
+    asked = {"phantom_slices": phantom_slices, "phantom_size": phantom_size, "phantom_scanner": phantom_scanner}
+    if data_dir and (needless := [name for name, value in asked.items() if value != simulated[name]]):
+        raise ValueError(f"{', '.join(needless)} would do nothing: they are of simulated patients, not of scans.")
     if min(samples, batch_size) < 1:
         raise ValueError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}.")
     if level == "slice" and protocol == "brats":
@@ -148,6 +163,11 @@ def evaluate(
         )
     if level == "volume" and slice_step != 1:
         raise ValueError("A volume needs all of its slices: leave --slice-step out, or judge slices.")
+    for other in beside:
+        asked = read_summary(other)["arguments"]
+        here = {"protocol": protocol, "level": level, "split": split}
+        if unlike := [f"{name} {asked[name]} (here {value})" for name, value in here.items() if asked[name] != value]:
+            raise ValueError(f"{other} cannot stand beside this evaluation: {', '.join(unlike)}.")
     # A case may take hours, and whoever is done first waits for the others.
     processes = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
@@ -158,7 +178,7 @@ def evaluate(
     known = network["routes"] if network else []
     if baseline is None:
         told = AutoConfig.from_pretrained(source, subfolder="model")
-        known = told.trained_routes
+        known = [] if untrained_routes else told.trained_routes
         if told.missing_parts:
             raise ValueError(
                 f"The model came without its {' and '.join(told.missing_parts)} weights: it cannot synthesise."
@@ -199,10 +219,9 @@ def evaluate(
         "protocol": protocol,
         "codec": codec_settings(codec),
         "baseline": baseline,
+        **({"untrained_routes": True} if untrained_routes else {}),
     }
     if baseline is None:
-        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        given |= {"image_guidance_scale": image_guidance_scale, "timestep_shift": timestep_shift}
         predict, made_by = _load_model(source, given, samples, dtype, processes.device)
         arguments |= {"model": str(source), **made_by, "dtype": dtype, "samples": samples, "seed": seed}
     elif baseline == "ceiling":
@@ -219,7 +238,7 @@ def evaluate(
     output = Path(output)
     with processes.main_process_first():
         claim_folder(output, arguments)
-    with _sole_user(output) if processes.is_main_process else nullcontext():
+    with sole_user(output) if processes.is_main_process else nullcontext():
         # 2. The cases, every n-th in each process.
         if not (output / CASES).exists():
             if baseline == "mapping":
@@ -242,20 +261,6 @@ def evaluate(
         if not (output / CASES).exists():
             _gather(output, rows.num_shards, arguments, builder.report_file)
         return write_report(output, beside)
-
-
-@contextmanager
-def _sole_user(output: Path):
-    """Two runs that write into one folder would spoil each other's files."""
-    lock = FileLock(output / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"Another run is writing to {output}. Wait for it, or choose another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _open_pairs(options: dict, asked: list[str], known: list[str]) -> tuple[object, list[str]]:
@@ -302,6 +307,7 @@ def _load_model(source, given: dict, samples: int, dtype: str, device) -> tuple[
     """The model ready to be asked, and what its answers depend on."""
     pipe = SynerMedGenPipeline.from_pretrained(source, dtype=dtype, print_report=False).to(device)
     pipe.set_progress_bar_config(disable=True)
+    pipe.model.config.trained_routes = []  # which routes may be asked for has been checked
     sampling = {**pipe.model.config.sampling, "timestep_shift": pipe.scheduler.config.shift}
     sampling |= {name: value for name, value in given.items() if value is not None}
     rest = {"guidance_interval": (0.0, 1.0), "guidance_rescale": "text_channel", "guidance_rescale_min": 0.0}
@@ -335,13 +341,14 @@ class Synthesis:
 
     def __call__(self, rows: list[dict], seeds: list[int]) -> list[np.ndarray]:
         """Predictions `(height, width)` in the target's units, one for each row of one route."""
+        codec = self.pipe.processor.image_processor
         made = self.pipe(
             [np.asarray(row["source_image"]) for row in rows],
             target=rows[0]["target_modality"],
             source=rows[0]["source_modality"],
             region=rows[0]["region"],
             seed=seeds,
-            window=[(row["source_window"]["low"], row["source_window"]["high"]) for row in rows],
+            window=[window_for(codec, row["source_modality"], row["source_window"]) for row in rows],
             num_images_per_prompt=self.samples,
             output_type="np",
             **self.sampling,
@@ -466,12 +473,16 @@ def _check_finite(prediction: np.ndarray, row: dict):
         )
 
 
+class NoVolume(ValueError):
+    """The slices of a case that can be used do not make a volume."""
+
+
 def _stack(rows: list[dict], slices: list[np.ndarray]) -> np.ndarray:
     places = [row["slice_index"] for row in rows]
     if places != list(range(places[0], places[0] + len(places))):
-        raise ValueError(
+        raise NoVolume(
             f"{rows[0]['dataset']}/{rows[0]['case_id']}: the usable slices {places[0]} to {places[-1]} have gaps, so "
-            "they are no volume. Judge them as slices (--level slice) in another folder."
+            "they are no volume, and the case is left out. Its slices can be judged (--level slice) in another folder."
         )
     return np.stack(slices)
 
@@ -500,7 +511,11 @@ def judge_case(judge: Judge, rows: IterableDataset, names: list[str], part: Path
         for unit in judge.units(rows.decode(False)):
             # A batch is the same as ever or it is not made: with others in it, last digits would be others.
             if not all(name_of(identity) in done for identity in judge.identities(unit)):
-                records = judge(unit)
+                try:
+                    records = judge(unit)
+                except NoVolume as reason:
+                    logger.warning(str(reason))
+                    continue
                 file.write("".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records))
                 file.flush()
                 done |= {name_of(record): record for record in records}

@@ -89,7 +89,7 @@ def evaluate_case(
     reference,
     mask=None,
     protocol: str = "synthrad2023",
-    modality: str = "CT",
+    modality: str | None = None,
     spacing: tuple[float, ...] | None = None,
     window: tuple[float, float] | None = None,
 ) -> dict:
@@ -113,7 +113,8 @@ def evaluate_case(
 
             The challenges define CT only; here PET is compared over [0, 20] SUV and MR from 0 to the 99.5th percentile
             of the reference's values above 0.
-        modality (`str`, defaults to `"CT"`): `T1`, `T1CE`, `T2`, `FLAIR`, `MRI`, `CT`, `CBCT` or `PET`.
+        modality (`str`, *optional*): `T1`, `T1CE`, `T2`, `FLAIR`, `MRI`, `CT`, `CBCT` or `PET`; by default what a
+            [`Volume`] says of itself, or CT.
         spacing (`tuple[float, ...]`, *optional*): mm along each axis, kept with the result. Volumes know theirs.
         window (`tuple[float, float]`, *optional*): Instead of the protocol's range. Slices of MR need that of their
             volume, otherwise each is measured on a scale of its own.
@@ -127,8 +128,8 @@ def evaluate_case(
         - `measured`: what belongs to this case: `shape`, `spacing`, `range` in the unit, `voxels` of the area.
 
     Raises:
-        `ValueError`: The grids differ, values are not finite, the window is no range, or the protocol does not know
-            the modality. Nothing is computed then.
+        `ValueError`: The grids differ, values are not finite, the window is no range, the protocol does not know the
+            modality, or a volume says it is in another unit. Nothing is computed then.
 
     Example:
 
@@ -139,6 +140,7 @@ def evaluate_case(
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"There is no protocol {protocol!r}. Choose one of {', '.join(PROTOCOLS)}.")
+    modality = _modality_of({"prediction": prediction, "reference": reference}, modality)
     if modality not in MODALITIES:
         raise ValueError(f"There is no modality {modality!r}. Choose one of {', '.join(MODALITIES)}.")
     chosen = PROTOCOLS[protocol]
@@ -434,6 +436,19 @@ PROTOCOLS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _modality_of(images: dict, modality: str | None) -> str:
+    """The modality that was asked for, or the one that volumes say; in units of which they all are."""
+    volumes = {name: image for name, image in images.items() if isinstance(image, Volume)}
+    told = [volume.modality for volume in volumes.values() if volume.modality is not None]
+    modality = modality or (told or ["CT"])[-1]
+    unit = UNITS.get(modality, "a.u.")
+    for name, volume in volumes.items():
+        own = volume.unit or (volume.modality and UNITS.get(volume.modality, "a.u."))
+        if own not in (None, unit):
+            raise ValueError(f"{modality} is compared in {unit}, and the {name} is {volume.modality or ''} in {own}.")
+    return modality
 
 
 def _on_one_grid(prediction, reference, mask, spacing):

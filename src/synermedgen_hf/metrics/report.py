@@ -115,8 +115,8 @@ def keep_pictures(records: list[dict]):
     """Of each route keep the pictures of the best, the median and the worst record, and remove the others."""
     for own in _by_route(records).values():
         kept = []
-        if own := sorted((one for one in own if _rank(one) is not None), key=_rank):
-            kept = [own[0], own[len(own) // 2], own[-1]]
+        if ranked := sorted((one for one in own if _rank(one) is not None), key=_rank):
+            kept = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
         for record in own:
             if not any(record is one for one in kept):
                 record.pop("picture", None)
@@ -163,19 +163,33 @@ def summarise(records: Iterable[dict], bootstrap: int = 1000, seed: int = 0) -> 
     """
     found: dict[tuple[str, str], _Sums] = {}
     for record in records:
-        found.setdefault(_group(record), _Sums(record)).add(record)
-    summary: dict[str, dict] = {}
-    for (route, _), sums in found.items():
-        label = route
-        if route in summary:
-            label = f"{route} ({sums.first['protocol'].get('area', '').partition(':')[0]})"
-        if label in summary:
-            check_same_protocol([summary[route], sums.first])  # they differ in more than their area
-        summary[label] = sums.figures(bootstrap, seed)
-    return summary
+        found.setdefault(group_of(record), _Sums(record)).add(record)
+    labels = name_groups(sums.first for sums in found.values())
+    return {label: sums.figures(bootstrap, seed) for label, sums in zip(labels, found.values(), strict=True)}
 
 
-def _group(record: dict) -> tuple[str, str]:
+def name_groups(firsts: Iterable[dict]) -> list[str]:
+    """
+    What groups of records are called: by their route, and by the area as well where a route has several stamps.
+
+    Args:
+        firsts (`Iterable[dict]`): A record of each group.
+
+    Raises:
+        `ValueError`: Stamps of one route differ in more than the area.
+    """
+    named: dict[str, dict] = {}
+    for first in firsts:
+        label = route = first["route"]
+        if route in named:
+            label = f"{route} ({first['protocol'].get('area', '').partition(':')[0]})"
+        if label in named:
+            check_same_protocol([named[route], first])  # they differ in more than their area
+        named[label] = first
+    return list(named)
+
+
+def group_of(record: dict) -> tuple[str, str]:
     """What may be averaged: one route under one protocol."""
     return record["route"], json.dumps(record["protocol"])
 
@@ -239,10 +253,10 @@ def write_summary(output: Path, records: Callable[[], Iterator[dict]], arguments
         raise ValueError(
             f"No slice of {', '.join(arguments['routes'])} could be read in the split {arguments['split']}."
         )
-    labels = {_group(own): label for label, own in routes.items()}
+    labels = {group_of(own): label for label, own in routes.items()}
     chosen: dict[tuple[str, str], tuple[float, dict]] = {}
     for record in records():
-        rank, label = _rank(record), labels[_group(record)]
+        rank, label = _rank(record), labels[group_of(record)]
         if "picture" not in record or rank is None:
             continue
         off = abs(record["metrics"][routes[label]["ranked_by"]] - routes[label]["median"])
@@ -424,8 +438,10 @@ def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], l
 
 __all__ = [
     "draw_strip",
+    "group_of",
     "keep_pictures",
     "lower_is_better",
+    "name_groups",
     "read_summary",
     "summarise",
     "write_report",

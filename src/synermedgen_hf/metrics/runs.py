@@ -2,7 +2,10 @@
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..data.splits import write_whole
 
@@ -37,6 +40,25 @@ def claim_folder(folder: str | Path, arguments: dict):
         raise ValueError(f"{folder} holds answers to something else: {', '.join(changed)}. Choose another folder.")
 
 
+@contextmanager
+def sole_user(folder: str | Path):
+    """
+    Two runs that write into one folder would spoil each other's files.
+
+    Raises:
+        `ValueError`: Another run is writing to it.
+    """
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"Another run is writing to {folder}. Wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def read_records(file: Path) -> list[dict]:
     """
     The records of a file of JSON lines that a run appended to, or none if there is no file. A last line that was half
@@ -60,4 +82,4 @@ def name_of(record: dict) -> tuple:
     return record["dataset"], record["case_id"], record["route"], record["slice_index"]
 
 
-__all__ = ["claim_folder", "name_of", "read_records"]
+__all__ = ["claim_folder", "name_of", "read_records", "sole_user"]
