@@ -192,7 +192,8 @@ def test_a_network_answers_in_the_targets_units_on_the_sources_grid(small, route
     with torch.no_grad():
         unet.conv_out.weight.zero_()
         unet.conv_out.bias.fill_(code)
-    (made,) = TrainedNetwork(unet, small, ["pelvis/MRI-CT", route])([scanned(np.zeros((40, 24)), route)], [0])
+    blank = np.zeros((40, 24))
+    (made,) = TrainedNetwork(unet, small, ["pelvis/MRI-CT", route])([pair(blank, blank, route)], [0])
     assert made.shape == (40, 24) and made.dtype == np.float32 and made == pytest.approx(wanted, abs=1e-3)
 
 
