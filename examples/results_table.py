@@ -5,8 +5,9 @@
 
 Each run is a name and the folder that `synermedgen evaluate` wrote; all of them of the same cases under the same
 protocol. A metric is `FIGURE:SCALE:DIGITS`; of the figures that a pattern fits the first is taken, so `mae_[!u]*` is
-the mean absolute error in the route's own unit. A cell holds all metrics in order. Below: on how many routes the first
-run is better than each of the others.
+the mean absolute error in the route's own unit. A cell holds all metrics in order; an asterisk says that a figure is
+not defined on all cases, so that two runs may speak of different ones. Below: on how many routes the first run is
+better than each of the others.
 """
 
 import argparse
@@ -39,11 +40,11 @@ def split_at(mark: str, count: int):
     return split
 
 
-def figure_of(record: dict, pattern: str) -> tuple[str, float]:
-    """Name and mean of the first figure that the pattern fits."""
+def figure_of(record: dict, pattern: str) -> tuple[str, float, bool]:
+    """Name and mean of the first figure that the pattern fits, and whether it is defined on all cases."""
     for name, found in record["metrics"].items():
         if fnmatch.fnmatchcase(name, pattern) and found["mean"] is not None:
-            return name, found["mean"]
+            return name, found["mean"], found["n"] == record["cases"]
     raise SystemExit(f"{record['route']} has no figure {pattern}: it has {', '.join(record['metrics'])}.")
 
 
@@ -53,6 +54,7 @@ def main(args):
     names, first = list(runs), next(iter(runs.values()))
     figures: list[set[str]] = [set() for _ in metrics]
     values = np.empty((len(first), len(runs), len(metrics)))
+    whole = np.ones(values.shape, bool)
     for row, (route, own) in enumerate(first.items()):
         for column, (name, routes) in enumerate(runs.items()):
             if route not in routes:
@@ -61,21 +63,25 @@ def main(args):
             if routes[route]["checksum"] != own["checksum"]:
                 raise SystemExit(f"{name} is of other cases of {route} than {names[0]}.")
             for place, (pattern, scale, _) in enumerate(metrics):
-                figure, value = figure_of(routes[route], pattern)
+                figure, value, whole[row, column, place] = figure_of(routes[route], pattern)
                 figures[place].add(figure)
                 values[row, column, place] = scale * value
 
-    def cell(own, shown) -> str:
-        parts = zip(own, metrics, shown, strict=True)
-        return " / ".join(f"{value:.{digits}f}" if ok else "-" for value, (*_, digits), ok in parts)
+    def cell(own, of_all, shown) -> str:
+        parts = []
+        for value, (*_, digits), all_of, ok in zip(own, metrics, of_all, shown, strict=True):
+            parts.append(f"{value:.{digits}f}{'' if all_of else '*'}" if ok else "-")
+        return " / ".join(parts)
 
     everything = [True] * len(metrics)
     lines = [
-        [route, own["cases"], *(cell(one, everything) for one in values[row])]
+        [route, own["cases"], *(cell(*one, everything) for one in zip(values[row], whole[row], strict=True))]
         for row, (route, own) in enumerate(first.items())
     ]
     # A mean over HU and SUV would mean nothing.
-    lines.append(["mean", "", *(cell(one, [len(each) == 1 for each in figures]) for one in values.mean(axis=0))])
+    alike = [len(each) == 1 for each in figures]
+    means = zip(values.mean(axis=0), whole.all(axis=0), strict=True)
+    lines.append(["mean", "", *(cell(*one, alike) for one in means)])
     print(" / ".join(" or ".join(sorted(each)) for each in figures) + "\n")
     print(markdown_table(["route", "slices", *names], lines))
     for place, (pattern, _, _) in enumerate(metrics):

@@ -204,7 +204,7 @@ def test_both_commands_speak_json(runs, scans, tmp_path):
     assert done.exit_code == 0 and json.loads(done.stdout) == read_json(tmp_path / "found.json")
 
 
-def test_a_table_sets_evaluations_side_by_side(runs, capsys):
+def test_a_table_sets_evaluations_side_by_side(runs, tmp_path, capsys):
     folder, _ = runs
     spec = importlib.util.spec_from_file_location("results_table", EXAMPLES / "results_table.py")
     table = importlib.util.module_from_spec(spec)
@@ -225,6 +225,13 @@ def test_a_table_sets_evaluations_side_by_side(runs, capsys):
         for route in routes[0]
     )
     assert f"By mae_hu_mask, of {len(routes[0])} routes ours beats copied on {better}." in shown
+    less = shutil.copytree(folder / "copy", tmp_path / "less")
+    summary = read_json(less / "summary.json")
+    summary["routes"]["brain/CBCT-CT"]["metrics"]["mae_hu_mask"]["n"] -= 1
+    (less / "summary.json").write_text(json.dumps(summary))
+    table.main(table.parse_args([both[0], f"less={less}", "--metric", "mae_hu_mask:1:1"]))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| brain/CBCT-CT"))
+    assert line.count("*") == 1 and line.endswith("* |")  # not defined on all of its cases
     with pytest.raises(SystemExit, match="has no figure ssim_magic"):
         table.main(table.parse_args([*both, "--metric", "ssim_magic:1:1"]))
     with pytest.raises(SystemExit):
