@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--latent_patch_size", type=int, default=4, help="side; half of it makes four times the tokens")
+    parser.add_argument("--latent_patch_size", type=int, default=None, help="by default a token is 16 pixels a side")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--intermediate_size", type=int, default=480)
     parser.add_argument("--num_hidden_layers", type=int, default=5)
@@ -147,7 +147,8 @@ def main(args):
     set_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.vae)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_stride = scale * args.latent_patch_size
+    latent_patch = args.latent_patch_size or 16 // scale
+    latent_stride = scale * latent_patch
     side, vit_patch, vit_side, no_bound = args.resolution, args.vit_patch_size, args.vit_resolution, 14112 * 128
     image_processor = SynerMedGenImageProcessor(
         vae_size={"max_size": side, "min_size": side, "stride": latent_stride, "max_pixels": no_bound},
@@ -179,7 +180,7 @@ def main(args):
             "vision_use_head": False,
         },
         latent_channels=vae.config.latent_channels,
-        latent_patch_size=args.latent_patch_size,
+        latent_patch_size=latent_patch,
         max_latent_size=32,
         # The source already tells where everything is: what is left to learn lies at high noise.
         timestep_shift=3.0,

@@ -82,10 +82,6 @@ ABOVE_ZERO = (
     "checkpointing_steps checkpoints_total_limit logging_steps slice_step"
 ).split()
 BUDGET = ("max_train_minutes", "max_train_steps")
-DATA = (
-    "pretrained_model_name_or_path dataset_name dataset_config_name data_dir routes slice_step phantom_cases "
-    "train_cases slices_per_case"
-).split()
 
 
 def parse_args(argv=None):
@@ -164,9 +160,6 @@ class Batches:
         pool ([`PairPool`]): Of [`PictureEncoder`].
         batch_size (`int`): Pairs at a time.
         seed (`int`): Of the order.
-
-    Raises:
-        `ValueError`: The two slices of a pair have different sizes.
     """
 
     def __init__(self, pool: PairPool, batch_size: int, seed: int):
@@ -352,29 +345,33 @@ def main(args):
     folder = checkpoint_to_resume(args, LASTING)
     check_data(args)
     state = json.loads((folder / "training_state_0.json").read_text()) if folder else {}
-    if (args.output_dir / RECORD).exists():
-        had = json.loads((args.output_dir / RECORD).read_text())["arguments"]
-        now = json.loads(json.dumps(lasting_settings(args, (*BUDGET, *LASTING, *DATA)), default=str))
-        if changed := [
-            f"--{name} {had[name]} (now {now[name]})" for name in now if had.get(name, now[name]) != now[name]
-        ]:
+    done = args.output_dir / RECORD
+    record = json.loads(done.read_text()) if done.exists() else None
+    if record:
+        had, now = record["arguments"], lasting_settings(args, (*BUDGET, *LASTING))
+        changed = [f"--{name} {had[name]} (now {now[name]})" for name in now if had.get(name, now[name]) != now[name]]
+        if changed:
             raise SystemExit(
                 f"{args.output_dir} holds a baseline that is trained to its end with {', '.join(changed)}: choose "
                 "another --output_dir."
             )
-        logger.info("%s is trained already.", args.output_dir)
-        return
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise SystemExit("A baseline is trained by one process: start it with python, not with accelerate launch.")
     codec = open_codec(args)
-    if folder is not None and state["codec"] != codec_settings(codec):
-        raise SystemExit(f"{folder} was trained with another codec than that of {args.pretrained_model_name_or_path}.")
+    if (before := record or state) and before["codec"] != codec_settings(codec):
+        where = done if record else folder
+        raise SystemExit(f"{where} was trained with another codec than that of {args.pretrained_model_name_or_path}.")
 
     # 1. The data, and one network for all routes.
     pool = PairPool(
         load_pairs(args, "train", False, args.train_cases), PictureEncoder(codec), keep=args.slice_cache == "memory"
     )
+    if record:
+        if record.get("fingerprint", pool.fingerprint) != pool.fingerprint:
+            raise SystemExit(f"The data are not those that {done} was trained on: choose another --output_dir.")
+        logger.info("%s is trained already.", args.output_dir)
+        return
     if folder is not None and state["data"] != pool.fingerprint:
         raise SystemExit(f"The data are not those that {folder} was trained on. Bring them back.")
     batches = Batches(pool, args.train_batch_size, args.seed)
@@ -434,6 +431,7 @@ def main(args):
         "routes": [route.name for route in pool.pairs],
         "codec": codec_settings(codec),
         "minutes": round(seconds / 60, 3),
+        "fingerprint": pool.fingerprint,
         "steps": step,
         "samples": step * args.train_batch_size,
         "parameters": unet.num_parameters(),

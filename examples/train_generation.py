@@ -67,6 +67,7 @@ from synermedgen_hf.data.flow_matching import Dropout, PairBatches, PairPool, St
 from synermedgen_hf.data.latents import SliceEncoder, codec_fingerprint, window_for
 from synermedgen_hf.data.pairs import PAIR_FEATURES
 from synermedgen_hf.data.phantom import load_phantom
+from synermedgen_hf.data.released import find_released
 from synermedgen_hf.data.routes import ROUTES
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.loading_synermedgen import part_of, weights_checksum
@@ -233,10 +234,12 @@ def check_data(args):
     """Raise for arguments that would do nothing with these data."""
     if args.dataset_name != "synermed" and (args.routes or args.slice_step > 1):
         raise SystemExit(
-            f"--routes and --slice_step choose among scans, and {args.dataset_name} is made of pairs already."
+            f"--routes and --slice_step choose among scans, and {args.dataset_name} is made of pairs already: leave "
+            "them out, or pass --slice_step 1 where a recipe has another."
         )
-    if is_simulated(args) and not args.phantom_cases and args.slice_step > 1:
-        raise SystemExit("--slice_step is for scans: of simulated patients --slices_per_case says how many slices.")
+    made = is_simulated(args) and not args.phantom_cases
+    if args.slice_step > 1 and (made or (args.data_dir and find_released(args.data_dir))):
+        raise SystemExit("--slice_step is for scans, and these slices are chosen already: pass --slice_step 1.")
 
 
 def load_pairs(args, split: str, streaming: bool, cases: int):

@@ -70,6 +70,7 @@ NOTICE = "Demonstration weights trained on simulated scans. Not for clinical use
 UNDERSTANDING_EXPERT = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 FIRST_ROWS = 256  # of a stream, which tell what it holds; and so many are shuffled at a time
 START = "start.json"
+SAID = ("index", "task", "messages", "options", "answer", "length")  # columns that are not pictures
 # Arguments of questions that are made here, of scans. Rows that are questions already are taken as they are.
 OF_MADE_QUESTIONS = (
     "phantom_cases",
@@ -108,8 +109,8 @@ class UnderstandingArguments(ScriptArguments):
     negatives: str | None = field(
         default=None,
         metadata={
-            "help": "Wrong candidates of CTS: neighbours of the slice (default), random slices of the volume at least "
-            "four times --min_gap_mm apart, or both by halves.",
+            "help": "Wrong candidates of CTS: neighbours of the slice (default), random slices of the volume, four "
+            "times --min_gap_mm apart or as far as it allows, or both by halves.",
             "choices": ["neighbours", "random", "both"],
         },
     )
@@ -280,7 +281,7 @@ def check_start(facts: dict, checkpoint: str | Path | None):
 
 
 def questions_of(args: UnderstandingArguments, training_args: SFTConfig, rows) -> dict:
-    """What questions are made of, what they say (`rows`, without pictures) and in which order, to be compared later."""
+    """What questions are made of, what they say (`rows` of [`told_by`]) and in which order, to be compared later."""
     said = hashlib.sha256()
     for row in rows:
         said.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -291,10 +292,9 @@ def questions_of(args: UnderstandingArguments, training_args: SFTConfig, rows) -
 
 
 def told_by(dataset) -> Iterable[dict]:
-    """The rows without their pictures; of a stream the first ones, so that what they hold is known before training."""
-    if isinstance(dataset, Dataset):
-        return dataset.remove_columns("images")
-    return list(dataset.take(FIRST_ROWS).remove_columns("images"))
+    """What rows say, without pictures; of a stream the first rows, so that what they hold is known before training."""
+    told = dataset.select_columns([name for name in SAID if name in dataset.column_names])
+    return told if isinstance(dataset, Dataset) else list(told.take(FIRST_ROWS))
 
 
 def held_by(rows) -> tuple[list[str], bool | None]:

@@ -49,7 +49,7 @@ from synermedgen_hf.data.flow_matching import PairPool
 from synermedgen_hf.data.latents import prepare_slice
 from synermedgen_hf.data.phantom import load_phantom
 from synermedgen_hf.data.splits import write_whole
-from synermedgen_hf.image_processing_synermedgen import CODECS, SynerMedGenImageProcessor, set_codec
+from synermedgen_hf.image_processing_synermedgen import BANDS, CODECS, SynerMedGenImageProcessor, set_codec
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,16 @@ def main(args):
     if unknown := own.keys() - SynerMedGenImageProcessor.intensity.keys():
         known = ", ".join(SynerMedGenImageProcessor.intensity)
         raise SystemExit(f"{args.intensity} has windows of {', '.join(sorted(unknown))}; modalities are {known}.")
+    if args.codec == "bands" and (
+        lacking := [name for name, spec in own.items() if name in BANDS and "bands" not in spec]
+    ):
+        raise SystemExit(
+            f"{args.intensity} has windows of {', '.join(lacking)} without bands, which --codec bands needs: add "
+            '"bands": [[low, high], [low, high]] inside of each.'
+        )
     image_processor = SynerMedGenImageProcessor(
         vae_size={"max_size": args.resolution, "min_size": args.resolution, "stride": 16, "max_pixels": 14112 * 128},
-        intensity=set_codec({**SynerMedGenImageProcessor.intensity, **own}, args.codec),
+        intensity={**set_codec(SynerMedGenImageProcessor.intensity, args.codec), **own},
     )
     if is_simulated(args) and not args.phantom_cases:  # whole volumes, which need not become rows first
         cases = load_phantom("train", args.train_cases, args.slices_per_case, args.cache_dir, num_proc=args.num_proc)
@@ -194,7 +201,7 @@ def train(args, data: torch.Tensor, image_processor, accelerator: Accelerator) -
     args.output_dir.mkdir(parents=True, exist_ok=True)
     step, folder = 0, checkpoint_to_resume(args, LASTING)
     windows = json.loads(json.dumps(image_processor.intensity))
-    seen = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+    seen = hashlib.sha256(data.numpy().reshape(-1)).hexdigest()[:16]
     # The order of slices starts anew after a resumption; everything else continues.
     if folder is not None:
         state = load_checkpoint(accelerator, folder, None)

@@ -118,11 +118,13 @@ def test_the_toy_takes_the_windows_of_its_autoencoder(vae, start, tmp_path):
     [
         (["--intensity", "windows.json"], "windows.json has windows of pet; modalities are CT,"),
         (["--routes", "CT-PET"], "--routes needs --data_dir or --phantom_cases"),
+        (["--intensity", "narrow.json", "--codec", "bands"], "narrow.json has windows of PET without bands"),
     ],
 )
 def test_what_an_autoencoder_would_not_heed_is_refused(work, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     Path("windows.json").write_text(json.dumps({"pet": {"unit": "SUV", "low": 0, "high": 40, "scale": "linear"}}))
+    Path("narrow.json").write_text(json.dumps({"PET": {"unit": "SUV", "low": 0, "high": 5, "scale": "linear"}}))
     with pytest.raises(SystemExit, match=said):
         train_vae(tmp_path / "out", arguments, 2)
 

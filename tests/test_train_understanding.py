@@ -503,6 +503,18 @@ def test_a_training_killed_twice_is_identical_to_an_uninterrupted_one(uninterrup
         assert (folder / result).read_bytes() == (whole / result).read_bytes()
 
 
+def test_a_data_set_with_other_pictures_beside_goes_on(rows, train, tmp_path):
+    features = Features({**synermed.UNDERSTANDING_FEATURES, "mask": Image()})
+    (tmp_path / "own").mkdir()
+    Dataset.from_list([{**row, "mask": row["images"][0]} for row in rows], features=features).to_parquet(
+        str(tmp_path / "own" / "train.parquet")
+    )
+    own = {"dataset_name": tmp_path / "own", "dataset_config": "default", "save_steps": 1}
+    train(tmp_path / "out", max_steps=1, **own)
+    train(tmp_path / "out", max_steps=2, resume_from_checkpoint="latest", **own)
+    assert len(losses(tmp_path / "out")) == 2
+
+
 def test_a_training_goes_on_beyond_its_first_end(trained, train, tmp_path):
     train(tmp_path / "out", max_steps=2)
     train(tmp_path / "out", resume_from_checkpoint="latest")

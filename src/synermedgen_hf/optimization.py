@@ -67,7 +67,12 @@ def configure_sharding(accelerator):
 
     Args:
         accelerator (`Accelerator`): Of an FSDP2 launch, before anything is prepared.
+
+    Raises:
+        `ValueError`: It is of the first version of FSDP.
     """
+    if accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError("Weights are shared out by FSDP2: pass --fsdp_version 2, or see examples/accelerate_configs.")
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.mixed_precision == "bf16":
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(

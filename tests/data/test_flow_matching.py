@@ -269,6 +269,8 @@ def test_pairs_of_different_sizes_name_the_case(encoder):
     small, large = rows_of(case(0))[0], rows_of(case(0, size=64))[0]
     with pytest.raises(ValueError, match=r"set/case0.*have different sizes, \(\d+, \d+\) and \(64, 64\)"):
         PairPool([{**small, "target_image": large["target_image"]}], encoder)
+    # Where slices are all that is wanted, as for an autoencoder, pairs need not match.
+    assert len(PairPool([{**small, "target_image": large["target_image"]}], None).stored) == 2
 
 
 def test_a_missing_column_is_named(rows, encoder):

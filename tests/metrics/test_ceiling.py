@@ -80,6 +80,13 @@ def test_the_window_of_mr_is_that_of_the_whole_volume(image_processor, off):
     assert louder["protocol"] == record["protocol"] and record["protocol"]["scale"] == [0, 1000]
 
 
+def test_records_of_unlike_stamps_are_not_averaged(image_processor, off, hounsfield):
+    (one,) = case_ceiling(off(0.01), image_processor, {"CT": hounsfield})
+    other = {**one, "protocol": {**one["protocol"], "range": [0, 1]}}
+    with pytest.raises(ValueError, match="range"):
+        summarise([one, other], image_processor.intensity)
+
+
 def test_what_the_processor_does_not_know_is_left_out(image_processor, off, hounsfield):
     assert case_ceiling(off(0.0), image_processor, {"LGE": hounsfield}) == []
 

@@ -326,23 +326,22 @@ def made_case(usable):
 
 
 def test_slices_with_gaps_are_no_volume():
-    judge = Judge(lambda rows, seeds: [np.zeros((32, 32))] * len(rows), SynerMedGenImageProcessor(), level="volume")
+    judge = Judge(None, SynerMedGenImageProcessor(), level="volume")  # said before anything is predicted
     units = list(judge.units(row for _, row in pair_rows(made_case([0, 1, 3, 4]))))
     with pytest.raises(evaluation.NoVolume, match="made/case: the usable slices 0 to 4 have gaps.*--level slice"):
         judge(units[0])
 
 
 def test_a_case_that_is_no_volume_is_left_out_and_the_others_are_judged(run, monkeypatch, caplog):
-    stack, gone = evaluation._stack, []
+    check, gone = evaluation._check_whole, []
 
-    def with_a_gap(rows, slices):
+    def with_a_gap(rows):
         if not gone or rows[0]["case_id"] in gone:
             gone.append(rows[0]["case_id"])
             rows = rows[:1] + rows[2:]
-            rows[-1] = {**rows[-1], "slice_index": 99}
-        return stack(rows, slices)
+        check(rows)
 
-    monkeypatch.setattr(evaluation, "_stack", with_a_gap)
+    monkeypatch.setattr(evaluation, "_check_whole", with_a_gap)
     folder = run("volumes", baseline="copy", level="volume")
     assert {record["case_id"] for record in records_of(folder)}.isdisjoint(gone) and len(records_of(folder)) == 6
     assert "have gaps" in caplog.text and read_summary(folder)["cases"]["without slices"] == 1
@@ -366,6 +365,11 @@ def test_sources_are_read_through_the_windows_of_the_checkpoint(weights, scans, 
     wanted = evaluation.true_target(pipe.processor.image_processor, row)
     judged = evaluate_case(made, wanted, mask=np.asarray(row["mask"], bool), modality="MRI", window=(0.0, 1000.0))
     check_alike(record["metrics"], judged["metrics"], 1e-3)
+    # What is copied is read and answered through one window: -1024 to 1000 HU become 0 to 1000 of MR.
+    evaluate(tmp_path / "copy", model=model, baseline="copy", **options)
+    copied = (np.clip(np.asarray(row["source_image"]), -1024, 1000) + 1024) * 1000 / 2024
+    judged = evaluate_case(copied, wanted, mask=np.asarray(row["mask"], bool), modality="MRI", window=(0.0, 1000.0))
+    check_alike(records_of(tmp_path / "copy")[0]["metrics"], judged["metrics"], 1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,6 +464,7 @@ def test_weights_that_cannot_synthesise_are_not_asked(run, weights, tmp_path):
         ({"data_dir": "nowhere"}, "nowhere"),
         ({"phantom_slices": 4}, "phantom_slices would do nothing: they are of simulated patients"),
         ({"baseline": "copy", "samples": 8}, "samples would do nothing: they are of the model, and copy"),
+        ({"baseline": "copy", "untrained_routes": True}, "untrained_routes would do nothing"),
         ({"beside": ["nowhere"]}, "nowhere holds no finished evaluation"),
     ],
 )

@@ -317,6 +317,6 @@ def test_a_folder_of_something_else_is_no_evaluation(tmp_path):
 
 
 def test_without_records_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match="No slice of brain/T1-T2 could be read in the split test"):
+    with pytest.raises(ValueError, match="Nothing of brain/T1-T2 could be read and judged in the split test"):
         finish(tmp_path, [])
     assert list(tmp_path.iterdir()) == []

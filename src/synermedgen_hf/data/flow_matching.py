@@ -72,7 +72,8 @@ class PairPool:
     Args:
         rows (`Dataset` or `Iterable[dict]`): Rows of the `pairs` configuration. Those of a `Dataset` stay on disk until
             a picture is needed; pictures of others are `{"bytes", "path"}`, not decoded.
-        encoder ([`SliceEncoder`]): What turns their slices into what the model reads.
+        encoder ([`SliceEncoder`]): What turns their slices into what the model reads; `None` if slices are all that is
+            wanted, whose pairs may then be of any size.
         keep (`bool`, defaults to `True`): Keep encoded slices in memory.
 
     Raises:
@@ -84,6 +85,7 @@ class PairPool:
         self.stored: list[StoredSlice] = []
         self.encoded: dict[int, EncodedSlice] = {}
         self.known_grids: dict[int, tuple] = {}
+        self.known_sizes: dict[int, tuple[int, int]] = {}
         self.unnamed = 0
         places: dict[tuple, PairedSlice] = {}
         pairs: dict[Route, list[PairedSlice]] = {}
@@ -109,7 +111,8 @@ class PairPool:
         known = {route: number for number, route in enumerate(ROUTES)}
         routes = sorted(pairs, key=lambda route: (known.get(route, len(known)), route))
         self.pairs = {route: pairs[route] for route in routes}
-        self._check_sizes()
+        if encoder is not None:
+            self._check_sizes()
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
@@ -118,13 +121,19 @@ class PairPool:
     def grids(self, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of a slice's latent tokens and of its ViT patches, without encoding it."""
         if number not in self.known_grids:
-            self.known_grids[number] = self.encoder.grids(*self.stored[number].size())
+            self.known_grids[number] = self.encoder.grids(*self.size(number))
         return self.known_grids[number]
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Of a slice, as it is stored; its picture is fetched once."""
+        if number not in self.known_sizes:
+            self.known_sizes[number] = self.stored[number].size()
+        return self.known_sizes[number]
 
     def _check_sizes(self):
         for route, pairs in self.pairs.items():
             for pair in pairs:
-                one, other = (self.stored[pair.slices[side]].size() for side in (route.source, route.target))
+                one, other = (self.size(pair.slices[side]) for side in (route.source, route.target))
                 if one != other:
                     raise ValueError(
                         f"The slices of a pair of {pair.case} ({route}) have different sizes, {one} and {other}: "

@@ -631,9 +631,9 @@ _LETTER_FORMS = (
     rf"\b{CALLED}\b\W*{_LETTER}",
     r"^[\"'(\[*]*([A-Z])[\"'*]*\s*[.:,)\]]",
     r"\(([A-Za-z])\)",
-    r"^[\"'(\[*]*(A)\b(?=\s+(?:is|matches|fits|belongs|corresponds|shows|because|since)\b)",
-    r"^[\"'(\[*]*(A)[\"'*]*(?=\s*\n|\s+[-\u2013\u2014]\s)",
-    r"\b(?i:is|it's|be|choose|pick|say)\s+(A)\b(?=\W*$|\s+(?:because|since)\b)",
+    r"^[\"'(\[*]*(A)\b[\"'*]*(?=,?\s+(?:is|matches|fits|belongs|corresponds|shows|because|since)\b)",
+    r"^[\"'(\[*]*(A)\b[\"'*]*(?=\s*\n|\s+[-\u2013\u2014]\s)(?![\s\S]*\n\W*[B-Z]\b)",  # no list of all of them
+    r"\b(?i:is|it's|be|choose|pick|say)\s+[\"'*]*(A)\b(?=\W*$|[\"'*]*,?\s+(?:because|since)\b)",
     r"\b([B-HJ-Z])\b(?![-'’])",  # "A" and "I" are words too
 )
 # Several letters, between which a text does not choose.

@@ -25,7 +25,7 @@ from ..data.synermed import phantom_records
 from ..hub import check_folder
 from ..image_processing_synermedgen import SynerMedGenImageProcessor, set_codec
 from ..loading_synermedgen import weights_checksum
-from .protocols import PROTOCOLS, VERSION, evaluate_case
+from .protocols import PROTOCOLS, VERSION, check_same_protocol, evaluate_case
 from .runs import CASES, claim_folder, read_records, sole_user
 
 
@@ -209,6 +209,7 @@ def measure_ceiling(
         **{f"window of {name}": spec for name, spec in image_processor.intensity.items()},
         "size": image_processor.vae_size,
         "protocol": protocol,
+        "scale of MR": "the codec's",
         "slice_step": slice_step,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -286,11 +287,18 @@ def summarise(records: Iterable[dict], intensity: dict[str, dict]) -> dict[str, 
     Returns:
         `dict[str, dict]`: Modality to `unit`, `cases`, `slices`, `protocol`, `metrics`; in the order of `intensity`. A
         modality that was measured under two stamps, as with a mask and without, comes twice, its area in the name.
+
+    Raises:
+        `ValueError`: Stamps of one modality differ in more than the area.
     """
     by_modality: dict[str, dict[str, list[dict]]] = {}
     for record in records:
         stamp = json.dumps(record["protocol"], sort_keys=True)
         by_modality.setdefault(record["modality"], {}).setdefault(stamp, []).append(record)
+    for stamps in by_modality.values():
+        firsts = {own[0]["protocol"]["area"]: own[0] for own in stamps.values()}
+        if len(firsts) < len(stamps):
+            check_same_protocol(own[0] for own in stamps.values())  # they differ in more than their area
     return {
         modality if len(by_modality[modality]) == 1 else f"{modality} ({own[0]['protocol']['area']})": {
             "unit": intensity[modality]["unit"],

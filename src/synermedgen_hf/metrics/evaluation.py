@@ -150,6 +150,8 @@ def evaluate(
         raise ValueError(
             f"{', '.join(sampler)} would do nothing: they are of the model, and {baseline} draws no noise."
         )
+    if baseline is not None and untrained_routes:
+        raise ValueError("untrained_routes would do nothing: it is of the model, and a baseline answers what it can.")
     simulated = {"phantom_slices": None, "phantom_size": PHANTOM_SIZE, "phantom_scanner": "usual"}
     asked = {"phantom_slices": phantom_slices, "phantom_size": phantom_size, "phantom_scanner": phantom_scanner}
     if data_dir and (needless := [name for name, value in asked.items() if value != simulated[name]]):
@@ -163,6 +165,7 @@ def evaluate(
         )
     if level == "volume" and slice_step != 1:
         raise ValueError("A volume needs all of its slices: leave --slice-step out, or judge slices.")
+    beside = list(beside)
     for other in beside:
         asked = read_summary(other)["arguments"]
         here = {"protocol": protocol, "level": level, "split": split}
@@ -421,6 +424,8 @@ class Judge:
         Args:
             unit (`list[dict]`): Rows of one case and route, pictures not decoded.
         """
+        if self.level == "volume":
+            _check_whole(unit)
         identities = self.identities(unit)
         for identity in identities:
             identity["seed"] = int(hash_unit(self.seed, *name_of(identity)) * 2**48)
@@ -438,7 +443,7 @@ class Judge:
         if self.level == "volume":
             middle = len(rows) // 2
             shown = [(rows[middle], made[middle], wanted[middle])]
-            made, wanted, masks = [_stack(rows, made)], [np.stack(wanted)], [_stack_masks(masks)]
+            made, wanted, masks = [np.stack(made)], [np.stack(wanted)], [_stack_masks(masks)]
             identities[0]["slices"] = len(rows)
         else:
             shown = list(zip(rows, made, wanted, strict=True))
@@ -477,14 +482,13 @@ class NoVolume(ValueError):
     """The slices of a case that can be used do not make a volume."""
 
 
-def _stack(rows: list[dict], slices: list[np.ndarray]) -> np.ndarray:
+def _check_whole(rows: list[dict]):
     places = [row["slice_index"] for row in rows]
     if places != list(range(places[0], places[0] + len(places))):
         raise NoVolume(
             f"{rows[0]['dataset']}/{rows[0]['case_id']}: the usable slices {places[0]} to {places[-1]} have gaps, so "
             "they are no volume, and the case is left out. Its slices can be judged (--level slice) in another folder."
         )
-    return np.stack(slices)
 
 
 def _stack_masks(masks: list[np.ndarray | None]) -> np.ndarray | None:
@@ -537,7 +541,8 @@ def _gather(output: Path, count: int, arguments: dict, report: Path):
 
     if empty := sum(part.stat().st_size == 0 for part in parts):
         logger.warning(
-            f"{empty} of {count} cases gave no slice of these routes; what could not be read is in {report}."
+            f"{empty} of {count} cases gave nothing to judge; what could not be read is in {report}, and volumes with "
+            "gaps are named above."
         )
 
     def records() -> Iterator[dict]:

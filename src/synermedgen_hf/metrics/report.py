@@ -251,7 +251,7 @@ def write_summary(output: Path, records: Callable[[], Iterator[dict]], arguments
     routes = summarise(records())
     if not routes:
         raise ValueError(
-            f"No slice of {', '.join(arguments['routes'])} could be read in the split {arguments['split']}."
+            f"Nothing of {', '.join(arguments['routes'])} could be read and judged in the split {arguments['split']}."
         )
     labels = {group_of(own): label for label, own in routes.items()}
     chosen: dict[tuple[str, str], tuple[float, dict]] = {}
@@ -409,7 +409,7 @@ pre { white-space: pre-wrap; font-size: 12px; }
 def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], list[list]]]) -> str:
     say, arguments = html.escape, summary["arguments"]
     title = f"Evaluation of {_title(arguments)}"
-    found = f"{summary['cases']['found']} cases, {summary['cases']['without slices']} of them without a usable slice"
+    found = f"{summary['cases']['found']} cases, {summary['cases']['without slices']} of them with nothing to judge"
     parts = [f"<h1>{say(title)}</h1>", f"<p>{say(subjects(arguments))}, split {say(arguments['split'])}: {found}.</p>"]
     parts.append("<p>Research use only. Not for clinical use: every synthesis may be wrong.</p>")
     for heading, note, columns, lines in tables:
