@@ -194,6 +194,7 @@ def test_training_moves_the_generation_expert(trained, start):
     assert {"llm2vae.weight", "model.language_model.layers.0.mlp_moe_gen.up_proj.weight"} <= moved
 
 
+@pytest.mark.slow
 def test_a_base_learns_to_see_and_to_answer_and_goes_on_where_it_stopped(work, start):
     sizes = ["--train_cases", 1, "--contrast_steps", 2, "--contrast_volumes", 2]
     sizes += ["--places_steps", 2, "--places_batch_size", 2]  # the first step has no learning rate yet
