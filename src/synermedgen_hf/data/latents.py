@@ -174,6 +174,9 @@ def window_for(image_processor, modality: str, window: dict) -> tuple[float, flo
         image_processor ([`SynerMedGenImageProcessor`]): The codec.
         modality (`str`): Of the slice.
         window (`dict`): `unit`, `low` and `high` of its volume.
+
+    Returns:
+        `tuple[float, float]`: `low` and `high` in the unit of the slice, or `None`.
     """
     spec = image_processor.intensity.get(modality)
     own = spec is not None and "high" in spec and window["unit"] == spec["unit"]
