@@ -1,5 +1,6 @@
 """The example scripts, run for real at tiny size: train, resume, evaluate, demonstrate, measure."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from training import EXAMPLES, fill_disk, load_script
 from synermedgen_hf import ROUTES, SynerMedGenImageProcessor, SynerMedGenPipeline
 from synermedgen_hf.data.layouts import write_layout
 from synermedgen_hf.data.phantom import simulate_case
+from synermedgen_hf.image_processing_synermedgen import unpatchify
 
 sys.path.append(str(EXAMPLES))
 
@@ -192,6 +194,39 @@ def test_training_moves_the_generation_expert(trained, start):
     after = load_file(trained / "pipeline" / "model" / "model.safetensors")
     moved = {name for name in before if not before[name].equal(after[name])}
     assert {"llm2vae.weight", "model.language_model.layers.0.mlp_moe_gen.up_proj.weight"} <= moved
+
+
+def test_finer_tokens_read_and_write_what_larger_ones_did(trained, work):
+    run("finer_tokens", "--pretrained_model_name_or_path", trained / "pipeline", "--output_dir", work / "finer")
+    old, new = (SynerMedGenPipeline.from_pretrained(run / "pipeline") for run in (trained, work / "finer"))
+    assert (old.model.config.latent_patch_size, new.model.config.latent_patch_size) == (4, 2)
+    channels, generator = old.model.config.latent_channels, torch.Generator().manual_seed(0)
+    small, hidden = torch.randn(3, 2 * 2 * channels, generator=generator), torch.randn(3, 64, generator=generator)
+    with torch.no_grad():
+        large = small.unflatten(1, (2, 2, channels)).tile(2, 2, 1).flatten(1)
+        torch.testing.assert_close(new.model.model.vae2llm(small), old.model.model.vae2llm(large))
+        # unpatchify puts the tokens' rows, columns and channels in their places
+        written, finer = unpatchify(old.model.llm2vae(hidden[:1]), (1, 1), 4), new.model.llm2vae(hidden[:1])
+        quarters = [written[:, row : row + 2, column : column + 2] for row in (0, 2) for column in (0, 2)]
+        torch.testing.assert_close(unpatchify(finer, (1, 1), 2), torch.stack(quarters).mean(0))
+    before, after = old.model.state_dict(), new.model.state_dict()
+    unlike = {name for name in before if before[name].shape != after[name].shape or not before[name].equal(after[name])}
+    assert unlike == {"model.vae2llm.weight", "llm2vae.weight", "llm2vae.bias"}
+    image = np.random.default_rng(0).uniform(0, 1000, (48, 48)).astype(np.float32)
+    made = new(image, source="MRI", target="CT", output_type="np", num_inference_steps=2, seed=0).images[0]
+    assert made.shape == image.shape and np.isfinite(made).all()
+
+
+def test_tokens_that_cannot_be_halved_are_refused(start, work):
+    halved = [start, work / "halved" / "pipeline", work / "quartered" / "pipeline", work / "eighths" / "pipeline"]
+    for before, after in itertools.pairwise(halved[:3]):
+        run("finer_tokens", "--pretrained_model_name_or_path", before, "--output_dir", after.parent)
+    with pytest.raises(SystemExit, match="A token of 1 latent positions a side cannot be halved"):
+        run("finer_tokens", "--pretrained_model_name_or_path", halved[2], "--output_dir", halved[3].parent)
+    pipe = SynerMedGenPipeline.from_pretrained(start)
+    pipe.model.config.max_latent_size = 7
+    with pytest.raises(SystemExit, match="up to 64 pixels a side would have more than the 7 tokens of 8 pixels"):
+        load_script("finer_tokens").with_finer_tokens(pipe)
 
 
 @pytest.mark.slow
