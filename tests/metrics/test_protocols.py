@@ -13,8 +13,10 @@ from synermedgen_hf.metrics import (
     average,
     check_same_protocol,
     evaluate_case,
+    ms_ssim,
     ms_ssim_synthrad2025,
     protocols,
+    z_consistency,
 )
 from synermedgen_hf.metrics.protocols import find_body
 from synermedgen_hf.volumes.reading import Volume
@@ -109,6 +111,13 @@ def test_brats_scales_by_percentiles_of_the_reference():
     assert record["metrics"]["ssim_norm_mask"] == pytest.approx(whole[5:-5, 5:-5][mask[5:-5, 5:-5]].mean(), rel=1e-10)
     assert record["metrics"]["mse_norm_mask"] == pytest.approx(((one - other)[mask] ** 2).mean(), rel=1e-10)
 
+    *images, mask = pair(4, 40, 44)
+    images = [as_modality(image, "T1") for image in images]
+    volume = evaluate_case(*images, mask, protocol="brats", modality="T1")
+    low, high = volume["measured"]["range"]
+    one, other = (np.clip((image - low) / (high - low), 0, 1) for image in images)
+    assert volume["metrics"]["mae_dz_norm_mask"] == pytest.approx(z_consistency(one, other, mask), rel=1e-10)
+
 
 def test_paper_frame_is_made_of_grey_slices():
     prediction, reference, mask = pair(4, 40, 44)
@@ -125,6 +134,13 @@ def test_paper_frame_is_made_of_grey_slices():
     inside = [np.abs(one - other)[own].mean() for one, other, own in zip(prediction, reference, mask, strict=True)]
     assert record["metrics"]["mae_hu_mask"] == pytest.approx(np.mean(inside), rel=1e-10)
     assert record["protocol"]["dimensions"] == "2D, mean over the slices of a volume"
+    assert record["metrics"]["mae_dz_hu_mask"] == z_consistency(prediction, reference, mask)
+
+    prediction, reference, mask = pair(2, 128, 112)
+    large = evaluate_case(prediction, reference, mask, protocol="paper_frame")["metrics"]
+    grey = [np.round((np.clip(image, -1024, 3071) + 1024) / 4095 * 255) for image in (prediction, reference)]
+    coarse = [ms_ssim(*slices, 255, kernel="uniform") for slices in zip(*grey, strict=True)]
+    assert large["ms_ssim_u8_frame"] == pytest.approx(np.mean(coarse), rel=1e-12)
 
 
 def test_background_flatters_the_frame_and_not_the_area():
@@ -162,11 +178,12 @@ def test_records_of_a_stamp_have_the_same_names(protocol, modality):
     )
     assert full["metrics"].keys() == empty["metrics"].keys() == flat["metrics"].keys()
     assert full["protocol"] == empty["protocol"] == flat["protocol"]
-    assert not full["undefined"] and all(isinstance(value, float) for value in full["metrics"].values())
+    assert full["undefined"].keys() <= {"ms_ssim_u8_frame"}  # which needs 112 pixels a side
+    assert all(isinstance(value, float) or name in full["undefined"] for name, value in full["metrics"].items())
     for record in (empty, flat):
         assert record["undefined"].keys() == {name for name, value in record["metrics"].items() if value is None}
     assert {name for name, value in empty["metrics"].items() if value is not None} == {
-        name for name in full["metrics"] if name.endswith("_frame")
+        name for name in full["metrics"] if name.endswith("_frame") and name not in full["undefined"]
     }
     assert all(flat["metrics"][name] is None for name in flat["metrics"] if "ssim" in name)
 
@@ -180,6 +197,8 @@ def test_an_image_with_itself(protocol):
     for name, value in record["metrics"].items():
         if name.startswith("psnr"):
             assert value is None and "infinite" in record["undefined"][name]
+        elif name == "ms_ssim_u8_frame":
+            assert value is None and "needs at least 112 voxels" in record["undefined"][name]
         else:
             assert value == (1 if name.startswith(("ssim", "ms_ssim", "dice")) else 0), name
 
@@ -319,7 +338,7 @@ def test_a_change_of_definition_is_another_stamp(monkeypatch):
     images = pair(20, 40, 40)
     before = evaluate_case(*images)
     monkeypatch.setattr(protocols, "VERSION", protocols.VERSION + 1)
-    with pytest.raises(ValueError, match="library: 'synermedgen_hf.metrics 2' and 'synermedgen_hf.metrics 3'"):
+    with pytest.raises(ValueError, match="library: 'synermedgen_hf.metrics 3' and 'synermedgen_hf.metrics 4'"):
         check_same_protocol([before, evaluate_case(*images)])
 
 

@@ -21,10 +21,10 @@ from ..volumes.reading import Volume, same_grid, slice_spacing, slices_of, stack
 from .clinical import BONE, TISSUES, bone_dice, hu_error_by_tissue, suv_errors, z_consistency
 from .inputs import UndefinedMetric, check_pair, check_structure, check_window
 from .intensity import finite_psnr, mae, mse, rmse
-from .similarity import ms_ssim_synthrad2025, ssim
+from .similarity import ms_ssim, ms_ssim_synthrad2025, ssim
 
 # Raised when a definition here changes a number: stamps of before and after are then unlike.
-VERSION = 2
+VERSION = 3
 
 UNITS = {"CT": "HU", "CBCT": "HU", "PET": "SUV"}  # MR is in arbitrary units
 PET_RANGE = (0.0, 20.0)  # SUV, the window of the image processor
@@ -109,7 +109,9 @@ def evaluate_case(
             - `"synthrad2025"`: the challenge's. As before, over [-1024, 3071] HU and with its MS-SSIM.
             - `"brats"`: MR only, scaled to 0..1 by the reference's 0.5th and 99.5th percentile; Gaussian SSIM.
             - `"paper_frame"`: as 2D papers mostly do: 8-bit slices, whole frames, mean over slices; the same inside
-              the mask, and in scanner units, beside it.
+              the mask, and in scanner units, beside it. MS-SSIM needs slices of 112 pixels a side.
+
+            Volumes are also judged from slice to slice, `mae_dz`.
 
             The challenges define CT only; here PET is compared over [0, 20] SUV and MR from 0 to the 99.5th percentile
             of the reference's values above 0.
@@ -309,6 +311,7 @@ def _brats(case: Case) -> dict[str, Callable[[], float]]:
         f"mae_norm_{case.name}": lambda: mae(*scaled(), case.area),
         f"mse_norm_{case.name}": lambda: mse(*scaled(), case.area),
         f"psnr_norm_{case.name}": lambda: finite_psnr(*scaled(), 1.0, case.area),
+        **_across_slices(case, "norm", lambda: (*scaled(), case.area)),
     }
 
 
@@ -329,11 +332,15 @@ def _paper_frame(case: Case) -> dict[str, Callable[[], float]]:
         check_structure(other if inside is None else other[inside])
         return ssim(one, other, 255.0, inside)
 
+    def frame_ms_ssim(one, other, inside) -> float:
+        check_structure(other)
+        return ms_ssim(one, other, 255.0, kernel="uniform")
+
     def psnr_over(data_range: float):
         return lambda one, other, inside: finite_psnr(one, other, data_range, inside)
 
     low, high = case.window or (0.0, 1.0)  # without a window, `in_range` says so before the range is needed
-    figures = {}
+    figures = {"ms_ssim_u8_frame": partial(_mean_over_slices, frame_ms_ssim, grey_levels, None)}
     for place, inside in (("frame", None), (case.name, case.area)):
         figures |= {
             f"ssim_u8_{place}": partial(_mean_over_slices, frame_ssim, grey_levels, inside),
@@ -344,7 +351,7 @@ def _paper_frame(case: Case) -> dict[str, Callable[[], float]]:
             f"rmse_u8_{place}": partial(_mean_over_slices, rmse, grey_levels, inside),
             f"rmse_{case.unit}_{place}": partial(_mean_over_slices, rmse, in_units, inside),
         }
-    return figures
+    return figures | _across_slices(case, case.unit, lambda: (*in_units(), case.area))
 
 
 def _mean_over_slices(figure: Callable, images: Callable, inside: np.ndarray | None) -> float:
@@ -363,7 +370,7 @@ def _mean_over_slices(figure: Callable, images: Callable, inside: np.ndarray | N
 
 
 def _clinical(case: Case) -> dict[str, Callable[[], float]]:
-    """Figures that only some modalities have, and that of volumes."""
+    """Figures that only some modalities have, or volumes."""
     images = case.prediction, case.reference, case.area
     figures = {}
     if case.unit == "hu":
@@ -379,9 +386,12 @@ def _clinical(case: Case) -> dict[str, Callable[[], float]]:
     if case.unit == "suv":
         for name in ("suvmean", "suvmax"):
             figures[f"error_{name}_{case.name}"] = lambda name=name: abs(suv_errors(*images)[name])
-    if case.reference.ndim == 3:
-        figures[f"mae_dz_{case.unit}_{case.name}"] = lambda: z_consistency(*images)
-    return figures
+    return figures | _across_slices(case, case.unit, lambda: images)
+
+
+def _across_slices(case: Case, unit: str, images: Callable) -> dict[str, Callable[[], float]]:
+    """That figure which only volumes have."""
+    return {f"mae_dz_{unit}_{case.name}": lambda: z_consistency(*images())} if case.reference.ndim == 3 else {}
 
 
 _UNIFORM = "uniform window of 7 voxels a side, K 0.01 and 0.03, sample covariance"
@@ -425,8 +435,9 @@ PROTOCOLS = {
             {
                 "window": "clipped to the range; u8 rounded to 256 grey levels; MAE in units unclipped",
                 "outside": "as it is: equal background flatters all figures of the frame, not those of the area",
-                "ssim": _UNIFORM,
+                "ssim": f"{_UNIFORM}; MS-SSIM of Wang 2003 with that window, five scales, blocks of 2 averaged",
                 "crop": f"{_CROP}; slices of one value are left out",
+                "psnr": "slices equal to the reference are left out: theirs is infinite",
             },
         ),
     )
