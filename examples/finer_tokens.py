@@ -2,8 +2,9 @@
 
     python examples/finer_tokens.py --pretrained_model_name_or_path runs/tiny/pipeline --output_dir runs/tiny-finer
 
-With four times the tokens a picture has finer detail and a step takes two to three times as long. Most of what is learned
-does not depend on the size of a token, so it is learned with large ones, and training goes on from here with small ones.
+With four times the tokens a picture has finer detail, and a step takes two to three times as long. Most of what is
+learned does not depend on the size of a token, so it is learned with large ones, and training goes on from here with
+small ones.
 
 A small token is read as the large one that it would fill if it stood there four times, and written as the mean of what
 the four quarters of the large one would be. All other weights stay what they are. Places have to be learned anew, since

@@ -45,9 +45,13 @@ def draw_understanding(axes, folder: Path):
 
 
 def draw_generation(axes, folder: Path):
-    rows = [row for row in read_lines(folder / "generation_log.jsonl") if "loss_mse" in row]
-    axes.plot([row["step"] for row in rows], [row["loss_mse"] for row in rows])
+    done = 0
+    for name, tokens in (("generation_log", 64), ("generation_fine_log", 256)):
+        rows = [row for row in read_lines(folder / f"{name}.jsonl") if "loss_mse" in row]
+        axes.plot([done + row["step"] for row in rows], [row["loss_mse"] for row in rows], label=f"{tokens} tokens")
+        done += rows[-1]["step"]
     axes.set(title="Stage II: loss of the velocity", xlabel="step", yscale="log")
+    axes.legend()
 
 
 def main(argv=None):

@@ -57,7 +57,7 @@ from synermedgen_hf.data.flow_matching import PairOrder, PairPool
 from synermedgen_hf.data.latents import SliceEncoder, StoredSlice, check_sizes, prepare_slice
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.hub import check_folder
-from synermedgen_hf.metrics.baselines import NETWORKS, RECORD, codec_settings, predict_codes
+from synermedgen_hf.metrics.baselines import NETWORKS, RECORD, codec_settings, fixed_side, predict_codes
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +318,8 @@ def open_codec(args):
     source = args.pretrained_model_name_or_path
     check_folder(source, {"model": None, "vae": None, "scheduler": None})  # they are not needed here
     codec = AutoProcessor.from_pretrained(source, subfolder="processor", revision=args.revision).image_processor
-    stride, coarsest = codec.vae_size["stride"], args.patch_size * 2 ** (len(args.block_out_channels) - 1)
+    stride = fixed_side(codec_settings(codec)) or codec.vae_size["stride"]
+    coarsest = args.patch_size * 2 ** (len(args.block_out_channels) - 1)
     if stride % coarsest:
         raise SystemExit(
             f"The codec makes pictures of multiples of {stride} pixels, and {len(args.block_out_channels)} levels on "

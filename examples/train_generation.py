@@ -42,7 +42,7 @@ import datasets
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -91,7 +91,7 @@ LASTING = (
 ).split()
 ABOVE_ZERO = (
     "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps checkpoints_total_limit "
-    "validation_steps validation_images logging_steps slice_step stream_pool lora_rank learning_rate max_grad_norm"
+    "validation_images logging_steps slice_step stream_pool lora_rank learning_rate max_grad_norm"
 ).split()
 # What a checkpoint says of the pipeline that its training started from, in words.
 WHAT = {
@@ -99,6 +99,7 @@ WHAT = {
     "codec": "autoencoder, other intensity windows or other sizes",
     "adapted": "base of its adapter",
 }
+FLAG = {"action": argparse.BooleanOptionalAction, "default": False}  # a recipe's can be taken back, by --no-...
 BANDS = (0.125, 0.375, 0.625, 0.875)  # timesteps at which the validation loss is taken
 
 
@@ -118,12 +119,13 @@ def parse_args(argv=None):
     add("--freeze", choices=["detach", "grad", "none"], default="detach", help="the understanding branch; see above")
     add("--lora_rank", type=int, default=None, help="train adapters of this rank on the generation expert")
     add("--lora_alpha", type=int, default=None, help="by default the rank")
-    add("--lora_dropout", type=float, default=0.0)
-    add("--merge_adapter", action="store_true", help="put the adapter into the weights and save a pipeline")
+    add("--lora_dropout", type=float, default=None, help="by default none")
+    add("--merge_adapter", **FLAG, help="put the adapter into the weights and save a pipeline")
 
     add = add_data_arguments(parser).add_argument
-    add("--streaming", action="store_true", help="read the data as it is needed")
-    add("--stream_pool", type=int, default=2048, help="pairs of a stream that are drawn from at a time")
+    add("--streaming", **FLAG, help="read the data as it is needed")
+    # Of BraTS, one patient has 1,700.
+    add("--stream_pool", type=int, default=2048, help="pairs of a stream to draw from at a time, best of many patients")
     add("--latent_cache", choices=["memory", "disk", "off"], default="memory", help="where encoded slices are kept")
     add("--latent_cache_dir", type=Path, default=None, help="... on disk, for this run and later ones")
     add("--drop_text", type=float, default=0.1, help="probability of leaving the instruction out")
@@ -137,13 +139,13 @@ def parse_args(argv=None):
     add("--train_batch_size", type=int, default=48, help="samples of a process at a time")
     add("--gradient_accumulation_steps", type=int, default=1, help="so many batches a step, or more and smaller ones")
     add("--max_train_steps", type=int, default=8000)
-    add("--gradient_checkpointing", action="store_true")
+    add("--gradient_checkpointing", **FLAG)
     add("--mixed_precision", choices=["no", "bf16"], default="bf16")
     add("--learning_rate", type=float, default=1e-3)
     add("--lr_scheduler", default="cosine")
     add("--lr_warmup_steps", type=int, default=200)
     add("--muon_learning_rate", type=float, help="of Muon, for the layers' matrices; the rest by AdamW")
-    add("--use_8bit_adam", action="store_true", help="moments of AdamW in 8 bits, by bitsandbytes")
+    add("--use_8bit_adam", **FLAG, help="moments of AdamW in 8 bits, by bitsandbytes")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.95)
     add("--adam_weight_decay", type=float, default=0.01)
@@ -159,16 +161,16 @@ def parse_args(argv=None):
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int, default=2)
     add("--resume_from_checkpoint", default=None, help='"latest" or a folder')
-    add("--allow_changed_data", action="store_true", help="resume although the data are others than before")
-    add("--validation_steps", type=int, default=None, help="synthesise fixed held-out slices every so many steps")
+    add("--allow_changed_data", **FLAG, help="resume although the data are others than before")
+    add("--validation_steps", type=int, default=0, help="synthesise held-out slices every so many steps; 0: never")
     add("--validation_images", type=int, default=8, help="... how many")
     add("--validation_protocol", default="paper_frame", help="... and how, see metrics.protocols.evaluate_case")
     add("--logging_steps", type=int, default=25)
-    add("--report_to", default=None, help="tensorboard, wandb, ... beside log.jsonl")
+    add("--report_to", default="none", help="tensorboard, wandb, ... beside log.jsonl")
     add("--sampling_steps", type=int, default=None, help="saved as the pipeline's num_inference_steps")
     add("--guidance_scale", type=float, default=None, help="saved as the pipeline's default")
     add("--image_guidance_scale", type=float, default=None, help="saved as the pipeline's default")
-    add("--push_to_hub", action="store_true")
+    add("--push_to_hub", **FLAG)
     add("--hub_model_id", default=None, help="by default the name of the output folder")
 
     argv = sys.argv[1:] if argv is None else argv
@@ -182,6 +184,11 @@ def parse_args(argv=None):
         parser.error("--latent_cache disk needs --latent_cache_dir")
     if args.latent_cache == "off" and args.latent_cache_dir is not None:
         parser.error("--latent_cache off keeps nothing: leave out --latent_cache_dir")
+    if args.validation_steps < 0:
+        parser.error(f"--validation_steps must be 0 (never) or more, got {args.validation_steps}")
+    for name in ("lora_alpha", "lora_dropout", "merge_adapter"):
+        if getattr(args, name) and not args.lora_rank:
+            parser.error(f"--{name} is of an adapter: it needs --lora_rank")
     if args.lora_rank and args.freeze == "none":
         parser.error("--lora_rank trains adapters on the generation expert alone: choose --freeze detach or grad")
     return args
@@ -214,10 +221,10 @@ def check_above_zero(parser: argparse.ArgumentParser, args, names: Iterable[str]
 def read_recipe(path: Path | None) -> list[str]:
     """A YAML file of arguments as a command line."""
     arguments = []
-    for name, value in (yaml.safe_load(path.read_text()) if path else {}).items():
-        values = value if isinstance(value, list) else [value]
-        if value is not None and value is not False:
-            arguments += [f"--{name}", *([] if value is True else map(str, values))]
+    # As strings: otherwise YAML takes the words "off" and "no", which are values of arguments, for false.
+    for name, value in ((yaml.load(path.read_text(), yaml.BaseLoader) if path else None) or {}).items():
+        flag = {"true": f"--{name}", "false": f"--no-{name}"}.get(str(value))
+        arguments += [flag] if flag else [f"--{name}", *(value if isinstance(value, list) else [value])]
     return arguments
 
 
@@ -227,11 +234,13 @@ def read_recipe(path: Path | None) -> list[str]:
 
 
 def is_simulated(args) -> bool:
-    return bool(args.phantom_cases) or (args.dataset_name == "synermed" and args.data_dir is None)
+    return args.dataset_name == "synermed" and args.data_dir is None
 
 
 def check_data(args):
     """Raise for arguments that would do nothing with these data."""
+    if args.phantom_cases and not is_simulated(args):
+        raise SystemExit("--phantom_cases are simulated, and --data_dir and --dataset_name are other data: choose one.")
     if args.dataset_name != "synermed" and (args.routes or args.slice_step > 1):
         raise SystemExit(
             f"--routes and --slice_step choose among scans, and {args.dataset_name} is made of pairs already: leave "
@@ -275,7 +284,7 @@ def make_batches(args, pipe, encoder: SliceEncoder, accelerator: Accelerator):
         steps = max(1, args.stream_pool // (args.train_batch_size * args.gradient_accumulation_steps))
         return StreamedBatches(
             rows,
-            partial(PairPool, encoder=encoder),
+            partial(PairPool, encoder=encoder, keep=args.latent_cache == "memory"),
             lambda pool, seed: PairBatches(pool, seed=seed, **common),
             args.stream_pool,
             steps,
@@ -327,9 +336,9 @@ class Validation:
         except ValueError as error:
             if "split" not in str(error):
                 raise
-            raise SystemExit(f"There are no held-out patients: leave out --validation_steps. ({error})") from error
+            raise SystemExit(f"There are no held-out patients: pass --validation_steps 0. ({error})") from error
         if not files:
-            raise SystemExit("No held-out patient has a pair of these routes: leave out --validation_steps.")
+            raise SystemExit("No held-out patient has a pair of these routes: pass --validation_steps 0.")
         self.rows = [PAIR_FEATURES.decode_example(row) for row in files]
         batches = PairBatches(
             PairPool(files, encoder), pipe.processor, pipe.model.config, len(files), dropout=Dropout(0, 0, 0, 0, 0)
@@ -406,13 +415,12 @@ class Validation:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             figures[f"loss_mse/t={timestep}"] = pipe.model(**batch).loss_mse.item()
         pipe.model.train()
-        folder = self.args.output_dir / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.draw(made).save(folder / f"{step}.png")
-        write_whole(
-            folder / f"{step}.json",
-            json.dumps({"step": step, **figures, "beside": self.beside, "slices": records}, indent=2) + "\n",
-        )
+        if PartialState().is_main_process:  # sharded, all of them look
+            folder = self.args.output_dir / "validation"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.draw(made).save(folder / f"{step}.png")
+            record = {"step": step, **figures, "beside": self.beside, "slices": records}
+            write_whole(folder / f"{step}.json", json.dumps(record, indent=2) + "\n")
         return figures | self.beside
 
     def draw(self, made: list[np.ndarray]) -> Image.Image:
@@ -612,8 +620,9 @@ def check(args):
     checkpoint_to_resume(args, LASTING)
     check_data(args)
     installed = [tracker.value for tracker in get_available_trackers()]
-    if args.report_to not in (None, "all", *installed):
-        raise SystemExit(f"--report_to {args.report_to} is not installed; there is {', '.join(installed) or 'none'}.")
+    if args.report_to not in ("none", "all", *installed):
+        there = ", ".join(["none", *installed])
+        raise SystemExit(f"--report_to {args.report_to} is not installed; there is {there}.")
     if args.use_8bit_adam and args.muon_learning_rate is not None:
         raise SystemExit("--use_8bit_adam and --muon_learning_rate are two optimizers: choose one.")
     if args.use_8bit_adam and find_spec("bitsandbytes") is None:
@@ -653,7 +662,7 @@ def main(args):
     # With nothing frozen, some understanding parameters of the last layer never meet the flow loss.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
+        log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=args.freeze == "none"),
@@ -687,11 +696,10 @@ def main(args):
             "training would leave as random numbers. Start from a complete checkpoint."
         )
     pipe.vae.requires_grad_(False).to(accelerator.device)
+    # The flow loss does not reach lm_head.
+    frozen = [name for name in model.state_dict() if part_of(name) not in trained_parts or name.startswith("lm_head")]
     for name, parameter in model.named_parameters():
-        # The flow loss does not reach lm_head.
-        in_trained = part_of(name) in trained_parts and not name.startswith("lm_head") and not args.lora_rank
-        parameter.requires_grad_(in_trained)
-    frozen = [name for name in model.state_dict() if part_of(name) not in trained_parts]
+        parameter.requires_grad_(name not in frozen and not args.lora_rank)
     before = weights_checksum(model, frozen)
     start = {"frozen": before, "codec": codec_fingerprint(pipe.vae, pipe.processor.image_processor)}
     start |= {"adapted": weights_checksum(model)} if args.lora_rank else {}
@@ -705,7 +713,7 @@ def main(args):
         lora = LoraConfig(
             r=args.lora_rank,
             lora_alpha=args.lora_alpha or args.lora_rank,
-            lora_dropout=args.lora_dropout,
+            lora_dropout=args.lora_dropout or 0.0,
             target_modules=GENERATION_EXPERT,
         )
         model = get_peft_model(model, lora)
@@ -774,7 +782,7 @@ def main(args):
     accelerator.gradient_accumulation_steps = passes = batches.passes if batches else 1
     total_samples = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     logger.info("%d samples in a step", total_samples)
-    if args.report_to:
+    if args.report_to != "none":
         accelerator.init_trackers("synermedgen-generation", {name: str(value) for name, value in vars(args).items()})
     seconds, log = 0.0, None
     if is_main:
@@ -858,7 +866,7 @@ def main(args):
         pipe.model = model.requires_grad_(True).eval().to("cpu", stored_dtype)
         if before != weights_checksum(pipe.model, frozen):
             raise RuntimeError("The frozen weights have changed, which must never be. Nothing was saved.")
-        if frozen:
+        if args.freeze != "none":
             logger.info("The understanding branch is untouched: checksum %s", before)
         save_pipeline(args, pipe, [*old_routes, *routes])
     accelerator.wait_for_everyone()

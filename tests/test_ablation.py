@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,11 +136,42 @@ def test_a_folder_is_that_of_one_ablation_which_may_grow(options):
     with pytest.raises(SystemExit, match="another --untaught"):
         run.claim(wider, run.make_steps(wider))
     other = options("--test_cases", 3)
-    with pytest.raises(SystemExit, match="other settings .settings."):
+    with pytest.raises(SystemExit, match=r"holds another ablation: settings: test_cases 6 \(now 3\)\."):
         run.claim(other, run.make_steps(other))
     (few.base / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(SystemExit, match="checksum of the base"):
         run.claim(few, run.make_steps(few))
+
+
+def test_steps_of_other_code_are_not_mixed_unnoticed(options, monkeypatch):
+    args = options("--seeds", 0, "--arms", "none")
+    run.claim(args, run.make_steps(args))
+    run.claim(args, run.make_steps(args))
+    (state,) = json.loads((args.output_dir / "config.json").read_text())["code"]
+    assert state == run.code_state() and state["torch"] == torch.__version__
+    monkeypatch.setattr(run, "code_state", lambda: {**state, "code": "other", "torch": "9.9"})
+    with pytest.raises(
+        SystemExit, match=r"other code or libraries: code .* \(now other\); torch .* \(now 9.9\)\. Choose"
+    ):
+        run.claim(args, run.make_steps(args))
+    args.accept_changed_code = True
+    run.claim(args, run.make_steps(args))
+    assert len(json.loads((args.output_dir / "config.json").read_text())["code"]) == 2
+
+
+def test_comments_are_no_other_code(tmp_path, monkeypatch):
+    scripts = [*(tmp_path / name for name in ("train_understanding.py", "train_generation.py"))]
+    scripts += [tmp_path / "ablation" / name for name in ("edits.py", "graft.py", "run.py")]
+    (tmp_path / "ablation").mkdir()
+    for script in scripts:
+        script.write_text("made = 1\n")
+    monkeypatch.setattr(run, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(run, "HERE", tmp_path / "ablation")
+    before = run.code_state()
+    scripts[0].write_text("# Why.\nmade = (1)\n")
+    assert run.code_state() == before
+    scripts[0].write_text("made = 2\n")
+    assert run.code_state() != before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +246,14 @@ def write_evaluation(folder, ssim, spread=0.0, patients=8):
 
 
 def write_answers(folder, accuracy):
+    """100 questions of ten patients a task; the more are right, the more patients have them right."""
     folder.mkdir(parents=True)
+    cases = [
+        {"index": index, "task": task, "patient_id": str(index % 10), "correct": index < 100 * accuracy}
+        for task in ("CTS", "MI", "TIA")
+        for index in range(100)
+    ]
+    (folder / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
     tasks = {
         task: {
             "chance": 0.25,
@@ -257,7 +296,8 @@ def test_the_table_holds_mean_and_spread_over_seeds(ablation):
     ]
     assert "| whole-body/CT-PET | 70.10 ± 0.10 | 80.10 ± 0.10 | 75.10 ± 0.10 |" in text
     assert text == (ablation / "report.md").read_text()
-    assert "CTS by CTS + MI + TIA: 60.0 ± 0.0 % right, by the base 25.0 %, chance 25 %: learned." in text
+    assert "CTS by CTS + MI + TIA: 60.0 ± 0.0 % right, by the base 25.0 %, chance 25 %: better than by the base" in text
+    assert "SSIM, PSNR and MAE are `ssim_mask`, `psnr_mask`, `mae_hu_mask`, `mae_suv_mask`, `mae_au_mask`" in text
 
 
 def test_the_verdict_follows_the_figures_whichever_way_they_fall(ablation):
@@ -269,7 +309,27 @@ def test_the_verdict_follows_the_figures_whichever_way_they_fall(ablation):
     assert "8 patients: +5.00 to +5.00; q = 0.0078; over seeds: +5.00 to +5.00 (+5.00, +5.00, +5.00)" in said["nothing"]
     assert "worse, by 5.00: here the opposite of the claim holds" in said["ordinary questions (vqa)"]
     assert "no difference that can be told from chance (-0.33)" in said["CTS + MI + TIA, random CTS negatives"]
-    assert "Of 3 comparisons, the claim holds in 1, its opposite in 1, and 1 are undecided." in text
+    assert (
+        "Of 3 comparisons that the paper claims something of, the claim holds in 1, its opposite in 1, and 1 are "
+        "undecided." in text
+    )
+
+
+def test_evaluations_that_were_measured_otherwise_are_not_set_beside(ablation):
+    file = ablation / "seed2" / "vqa" / "usual" / "cases.jsonl"
+    before = file.read_text()
+    file.write_text(before.replace('"name": "test"', '"name": "another"'))
+    with pytest.raises(ValueError, match="vqa/usual cannot stand beside the other evaluations .*: name: 'test' and"):
+        report.write_report(ablation)
+    file.write_text(before.replace('"protocol":', '"measured": {"shape": [3, 3]}, "protocol":'))
+    with pytest.raises(ValueError, match="vqa/usual is of other scans of brain/MRI-CT"):
+        report.write_report(ablation)
+
+
+def test_what_the_paper_does_not_claim_is_not_counted():
+    found = report.difference(seeds(0.8, 0.81, 0.8), seeds(0.7, 0.7, 0.7)) | {"q": 0.01}
+    words = report.in_words({report.Comparison("none", "untaught", claimed=False): found})
+    assert "better, by 10.33. 95 %" in words and "Of 0 comparisons that the paper claims something of" in words
 
 
 def seeds(*values, patients=8):
@@ -298,21 +358,22 @@ def test_other_patients_and_other_trainings_have_to_agree():
 
 def test_what_was_not_learned_is_said(ablation):
     folder = ablation / "seed1" / "all" / "answers"
-    (folder / "summary.json").unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
     write_answers(folder, 0.27)  # its interval holds the chance of 25 %
     text = report.write_report(ablation)
-    assert (
-        "CTS by CTS + MI + TIA: 49.0 ± 19.1 % right, by the base 25.0 %, chance 25 %: not shown to be learned" in text
-    )
-    assert "random CTS negatives: 60.0 ± 0.0 % right, by the base 25.0 %, chance 25 %: learned." in text
+    assert "CTS by CTS + MI + TIA: 49.0 ± 19.1 % right, chance 25 %: not shown to be learned" in text
+    assert "random CTS negatives: 60.0 ± 0.0 % right, by the base 25.0 %, chance 25 %: better than by the base" in text
 
 
 def test_what_the_base_knew_already_is_not_what_stage_one_taught(ablation):
-    (ablation / "base" / "answers" / "summary.json").unlink()
-    (ablation / "base" / "answers").rmdir()
-    write_answers(ablation / "base" / "answers", 0.58)
-    assert "by the base 58.0 %, chance 25 %: known, but not shown to be better" in report.write_report(ablation)
+    for accuracy, verdict in (
+        (0.58, "known, but not shown to be better, by +2.0 (+0.0 to +5.0 over patients)"),
+        (0.75, "worse than by the base, by -15.0 (-18.0 to -12.0 over patients)"),
+    ):
+        shutil.rmtree(ablation / "base" / "answers")
+        write_answers(ablation / "base" / "answers", accuracy)
+        text = report.write_report(ablation)
+        assert f"by the base {100 * accuracy:.1f} %, chance 25 %: {verdict}: what follows says little" in text
 
 
 def test_routes_count_alike_however_many_a_patient_has():

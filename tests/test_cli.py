@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load, save_file
 from transformers import AutoModel
@@ -611,6 +612,14 @@ def test_questions_that_are_there_already_are_asked_as_they_are(evaluate, option
     done = evaluate(*options)
     assert done.exit_code and "leave out --label-images, --difficulty" in " ".join(done.output.split())
     assert not (tmp_path / "scores").exists()
+
+
+def test_answers_that_another_run_is_writing_are_left_alone(evaluate, tmp_path):
+    (tmp_path / "scores").mkdir()
+    with FileLock(tmp_path / "scores" / ".lock"):
+        done = evaluate()
+    assert done.exit_code == 1 and "Another run is writing to" in done.stderr
+    assert [file.name for file in (tmp_path / "scores").iterdir()] == [".lock"]
 
 
 def test_understanding_is_evaluated_question_by_question(evaluate, tmp_path):

@@ -507,7 +507,11 @@ def test_a_folder_that_holds_a_training_is_not_written_over(train, trained):
         ({"latent_cache": "off", "latent_cache_dir": "here"}, "leave out --latent_cache_dir"),
         ({"resume_from_checkpoint": "nowhere"}, "There is no checkpoint nowhere"),
         ({"use_8bit_adam": True, "muon_learning_rate": 0.02}, "two optimizers: choose one"),
-        ({"report_to": "nowhere"}, "--report_to nowhere is not installed"),
+        ({"report_to": "nowhere"}, "--report_to nowhere is not installed; there is none"),
+        ({"merge_adapter": True}, "--merge_adapter is of an adapter: it needs --lora_rank"),
+        ({"lora_alpha": 8}, "--lora_alpha is of an adapter"),
+        ({"validation_steps": -1}, "--validation_steps must be 0"),
+        ({"phantom_cases": [1, 1, 1]}, "--phantom_cases are simulated, and --data_dir and --dataset_name are other"),
         ({"drop_vae": 1.5}, r"probability of vae must be within \[0, 1\]"),
         ({"logging_steps": 0}, "--logging_steps must be above 0, got 0"),
         ({"checkpoints_total_limit": -1}, "--checkpoints_total_limit must be above 0, got -1"),
@@ -551,8 +555,22 @@ def test_there_are_recipes_and_each_says_what_it_takes():
         "generation_full_8gpu",
         "generation_single_gpu_lora",
         "generation_tiny",
+        "generation_tiny_fine",
     ]
     assert all("worked out" in recipe.read_text() and "hours" in recipe.read_text() for recipe in RECIPES)
+
+
+def test_words_of_yaml_are_taken_as_they_are_written(script, tmp_path):
+    """`off` and `no` are values here, and a flag can be taken back on the command line."""
+    recipe, more = tmp_path / "recipe.yaml", ["--pretrained_model_name_or_path", "start", "--output_dir", "out"]
+    recipe.write_text("latent_cache: off\nmixed_precision: no\ngradient_checkpointing: true\nstreaming: false\n")
+    args = script.parse_args(["--config", str(recipe), *more])
+    assert (args.latent_cache, args.mixed_precision) == ("off", "no")
+    assert args.gradient_checkpointing is True and args.streaming is False
+    again = script.parse_args(["--config", str(recipe), *more, "--no-gradient_checkpointing", "--streaming"])
+    assert again.gradient_checkpointing is False and again.streaming is True
+    recipe.write_text("# nothing yet\n")
+    assert script.parse_args(["--config", str(recipe), *more]).latent_cache == "memory"
 
 
 def test_an_unknown_argument_of_a_recipe_is_refused(script, tmp_path, capsys):

@@ -26,8 +26,8 @@ from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.metrics.comparison import read_cases
 from synermedgen_hf.metrics.protocols import check_same_protocol
 from synermedgen_hf.metrics.report import markdown_table
-from synermedgen_hf.metrics.runs import CASES
-from synermedgen_hf.metrics.statistics import correct_p_values
+from synermedgen_hf.metrics.runs import CASES, name_of
+from synermedgen_hf.metrics.statistics import correct_p_values, interval_of_mean
 
 REPORT, CURVES, CONFIG = "report.md", "curves.png", "config.json"
 SEEDS_WANTED = 3
@@ -69,13 +69,14 @@ class Comparison:
 
     first: str
     second: str
+    claimed: bool = True  # else it is only looked at
 
 
 STAGE_TWO = (
     *(Comparison("all", other) for other in ("untaught", "none", "vqa", "no-cts", "no-mi", "no-tia", "random")),
-    Comparison("none", "untaught"),
+    Comparison("none", "untaught", claimed=False),
 )
-ZERO_SHOT = (Comparison("all", "none"), Comparison("vqa", "none"), Comparison("all", "vqa"))
+ZERO_SHOT = (Comparison("all", "none"), Comparison("vqa", "none", claimed=False), Comparison("all", "vqa"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,31 +84,46 @@ ZERO_SHOT = (Comparison("all", "none"), Comparison("vqa", "none"), Comparison("a
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_cells(folder: Path) -> dict[str, Cells]:
+def read_cells(folder: Path, firsts: dict[str, dict]) -> dict[str, Cells]:
     """
     A finished evaluation as means over slices.
 
     Args:
         folder (`Path`): What `synermedgen evaluate` wrote.
+        firsts (`dict[str, dict]`): Route to the first record of the evaluations that stand beside this one, `{}` for
+            the first of them, which adds its own.
 
     Returns:
-        `dict[str, Cells]`: For `"ssim"`, `"psnr"` and `"mae"`, the first figure of the protocol that begins so and, for
-        the last, is in the unit of the target.
+        `dict[str, Cells]`: For `"ssim"`, `"psnr"` and `"mae"`, the figure that [`figure_of`] chooses.
+
+    Raises:
+        `ValueError`: It was measured in another way than those beside, or its first case of a route is another scan.
     """
     sums: dict[str, dict[tuple[str, str], list[float]]] = {metric: {} for metric in METRICS}
-    stamps: dict[str, dict] = {}
     for record in read_cases(folder):
-        check_same_protocol([stamps.setdefault(record["route"], record), record])
+        first = firsts.setdefault(record["route"], record)
+        try:
+            check_same_protocol([first, record])
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} cannot stand beside the other evaluations ({record['route']}): {error}"
+            ) from error
+        if name_of(first) == name_of(record) and first.get("measured") != record.get("measured"):
+            raise ValueError(f"{folder} is of other scans of {record['route']} than the other evaluations.")
         for metric in METRICS:
-            # The mean absolute error in the unit of the target, not in grey levels.
-            names = [name for name in record["metrics"] if name.startswith(f"{metric}_")]
-            name = next(name for name in names if metric != "mae" or not name.startswith("mae_u8_"))
+            name = figure_of(record, metric)
             if (value := record["metrics"][name]) is not None:
                 sums[metric].setdefault((record["route"], record["patient"]), []).append(value)
     return {metric: {cell: statistics.fmean(values) for cell, values in own.items()} for metric, own in sums.items()}
 
 
-def read_runs(output: Path, config: dict, folder: str) -> dict[str, dict[int, dict[str, Cells]]]:
+def figure_of(record: dict, metric: str) -> str:
+    """The first figure of a protocol that begins so; of errors, that in the unit of the target, not in grey levels."""
+    names = [name for name in record["metrics"] if name.startswith(f"{metric}_")]
+    return next(name for name in names if metric != "mae" or not name.startswith("mae_u8_"))
+
+
+def read_runs(output: Path, config: dict, folder: str, firsts: dict) -> dict[str, dict[int, dict[str, Cells]]]:
     """Arm to seed to figures, of the evaluations called `folder` that are done. Zero-shot `none` has no seed."""
     runs: dict[str, dict[int, dict[str, Cells]]] = {}
     known: dict[Path, dict[str, Cells]] = {}
@@ -117,16 +133,26 @@ def read_runs(output: Path, config: dict, folder: str) -> dict[str, dict[int, di
             if arm == "none" and folder.startswith("zero-"):
                 place = output / "base" / folder
             if (place / CASES).exists():
-                known[place] = known.get(place) or read_cells(place)
+                known[place] = known.get(place) or read_cells(place, firsts)
                 runs.setdefault(arm, {})[seed] = known[place]
     return runs
 
 
+def answers_of(output: Path, arm: str, seed: int) -> Path:
+    """Where it is kept what an arm answers before Stage II, which does not change it."""
+    return output / "base" / "answers" if arm == "none" else output / f"seed{seed}" / arm / "answers"
+
+
 def read_answers(output: Path, arm: str, seed: int) -> dict[str, dict]:
-    """Task to its figures, of what an arm answers before Stage II, which does not change it."""
-    place = output / "base" / "answers" if arm == "none" else output / f"seed{seed}" / arm / "answers"
-    file = place / "summary.json"
+    """Task to its figures."""
+    file = answers_of(output, arm, seed) / "summary.json"
     return json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.exists() else {}
+
+
+def read_right(output: Path, arm: str, seed: int, task: str) -> dict[int, tuple[str, bool]]:
+    """Number of a question to its patient and whether it was answered rightly."""
+    records = read_cases(answers_of(output, arm, seed))
+    return {one["index"]: (one["patient_id"], one["correct"]) for one in records if one["task"] == task}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,7 +178,7 @@ def with_spread(values: list[float | None], scale: float = 1, digits: int = 2) -
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def overview(output: Path, config: dict, runs, copied: dict[str, Cells] | None) -> str:
+def overview(output: Path, runs, copied: dict[str, Cells] | None, names: dict[str, str] = NAMES) -> str:
     """Arms against understanding, and against the figures of each group of routes."""
     columns = ["Stage I", "seeds", "CTS %", "MI %", "TIA %", "SSIM x100, all routes", "PSNR, all routes"]
     columns += [f"{name} {group}" for group in GROUPS for name in ("SSIM x100", "PSNR", f"MAE ({UNITS[group]})")]
@@ -174,25 +200,27 @@ def overview(output: Path, config: dict, runs, copied: dict[str, Cells] | None) 
             found = [own[task]["likelihood"]["accuracy"] for own in answers if task in own]
             asked.append(with_spread(found[:1] if arm == "none" else found, 100, 1))
         several = list({id(own): own for own in seeds.values()}.values())  # the base is one, whatever the seed
-        lines.append([NAMES[arm], len(several), *asked, *figures(several)])
+        lines.append([names[arm], len(several), *asked, *figures(several)])
     if copied is not None:
         lines.append(["(the source, copied)", "", "", "", "", *figures([copied])])
     return markdown_table(columns, lines)
 
 
-def by_route(runs) -> str:
+def by_route(runs, names: dict[str, str] = NAMES) -> str:
     """SSIM of every route and arm."""
     routes = dict.fromkeys(route for seeds in runs.values() for own in seeds.values() for route, _ in own["ssim"])
+
+    # The base is one, whatever the seed.
+    several = {arm: list({id(own): own for own in seeds.values()}.values()) for arm, seeds in runs.items()}
 
     def of(own: dict[str, Cells], route: str) -> float | None:
         values = [value for (name, _), value in own["ssim"].items() if name == route]
         return statistics.fmean(values) if values else None
 
     lines = [
-        [route, *(with_spread([of(own, route) for own in seeds.values()], 100) for seeds in runs.values())]
-        for route in routes
+        [route, *(with_spread([of(own, route) for own in each], 100) for each in several.values())] for route in routes
     ]
-    return markdown_table(["route, SSIM x100", *(NAMES[arm] for arm in runs)], lines)
+    return markdown_table(["route, SSIM x100", *(names[arm] for arm in runs)], lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +295,7 @@ def sign_flip_p_value(added: np.ndarray) -> float | None:
 
 
 def compare_arms(runs, comparisons: Iterable[Comparison], metric: str = "ssim") -> dict[Comparison, dict]:
-    """[`difference`] of all comparisons that have been run, with `q`: `p` corrected for all of them."""
+    """[`difference`] of all comparisons that have been run, with `q`: `p` corrected for all that are claimed."""
     found = {}
     for pair in comparisons:
         first, second = (
@@ -275,7 +303,8 @@ def compare_arms(runs, comparisons: Iterable[Comparison], metric: str = "ssim") 
         )
         if first.keys() & second.keys():
             found[pair] = difference(first, second)
-    correct_p_values(found.values())
+    for claimed in (True, False):
+        correct_p_values(own for pair, own in found.items() if pair.claimed == claimed)
     return found
 
 
@@ -296,10 +325,11 @@ def in_words(found: dict[Comparison, dict], names: dict[str, str] = NAMES) -> st
     said, counts = [], {"better": 0, "worse": 0, "undecided": 0}
     for pair, own in found.items():
         verdict = judge(own)
-        counts[verdict] += 1
+        counts[verdict] += pair.claimed
         words = {
-            "better": f"better, by {100 * own['difference']:.2f}: the claim holds here",
-            "worse": f"worse, by {-100 * own['difference']:.2f}: here the opposite of the claim holds",
+            "better": f"better, by {100 * own['difference']:.2f}" + ": the claim holds here" * pair.claimed,
+            "worse": f"worse, by {-100 * own['difference']:.2f}"
+            + ": here the opposite of the claim holds" * pair.claimed,
             "undecided": f"no difference that can be told from chance ({100 * own['difference']:+.2f})",
         }[verdict]
         patients, seeds = (
@@ -308,17 +338,30 @@ def in_words(found: dict[Comparison, dict], names: dict[str, str] = NAMES) -> st
         )
         each = ", ".join(f"{100 * value:+.2f}" for value in own["by_seed"].values())
         test = "" if own["q"] is None else f"; q = {own['q']:.2g}"
+        run = len(own["by_seed"])
+        few = f" With {run} of {SEEDS_WANTED} seeds, this is a first look and no result." if run < SEEDS_WANTED else ""
         said.append(
             f"- **{names[pair.first]}** against {names[pair.second]}, SSIM x100: {words}. 95 % interval over "
-            f"{own['patients']} patients: {patients}{test}; over seeds: {seeds} ({each})."
+            f"{own['patients']} patients: {patients}{test}; over seeds: {seeds} ({each}).{few}"
         )
-    few = min(len(own["by_seed"]) for own in found.values())
-    caution = f" With {few} of {SEEDS_WANTED} seeds, this is a first look and no result." if few < SEEDS_WANTED else ""
     whole = (
-        f"Of {len(found)} comparisons, the claim holds in {counts['better']}, its opposite in {counts['worse']}, and "
-        f"{counts['undecided']} are undecided.{caution}"
+        f"Of {sum(counts.values())} comparisons that the paper claims something of, the claim holds in "
+        f"{counts['better']}, its opposite in {counts['worse']}, and {counts['undecided']} are undecided."
     )
     return "\n".join([*said, "", whole])
+
+
+def gain(output: Path, config: dict, arm: str, task: str) -> tuple[float, list[float] | None]:
+    """Share of right answers above that of the base on the same questions, mean over seeds, and where over patients."""
+    before = read_right(output, "none", 0, task)
+    seeds = [seed for seed in config["seeds"] if (answers_of(output, arm, seed) / CASES).exists()]
+    runs = [read_right(output, arm, seed, task) for seed in seeds]
+    if any(run.keys() != before.keys() for run in runs):
+        raise ValueError(f"{arm} was not asked the same questions of {task} as the base: ask alike.")
+    gained = [statistics.fmean(run[one][1] for run in runs) - right for one, (_, right) in before.items()]
+    _, number = np.unique([patient for patient, _ in before.values()], return_inverse=True)
+    interval = interval_of_mean(np.bincount(number, weights=gained), np.bincount(number))
+    return statistics.fmean(gained), interval
 
 
 def what_was_learned(output: Path, config: dict) -> str:
@@ -330,19 +373,32 @@ def what_was_learned(output: Path, config: dict) -> str:
             found = [own[task] for own in answers if task in own]
             if not found:
                 continue
-            answered = [own["likelihood"] for own in found]
-            before = base[task]["likelihood"]["accuracy"] if task in base else found[0]["chance"]
-            lowest = min(own["interval"][0] if own["interval"] else 0 for own in answered)
+            answered, chance = [own["likelihood"] for own in found], found[0]["chance"]
             share = with_spread([own["accuracy"] for own in answered], 100, 1)
-            chance = f"{100 * found[0]['chance']:.0f} %"
-            verdict = "learned"
-            if lowest <= found[0]["chance"]:
+            beside, verdict = f"chance {100 * chance:.0f} %", "learned"
+            if min(own["interval"][0] if own["interval"] else 0 for own in answered) <= chance:
                 verdict = "not shown to be learned: what follows says little of this task"
-            elif lowest <= before:
-                verdict = "known, but not shown to be better than by the base: what follows says little of this task"
-            beside = f"by the base {100 * before:.1f} %, chance {chance}"
+            elif task in base:
+                more, (low, high) = gain(output, config, arm, task)
+                beside = f"by the base {100 * base[task]['likelihood']['accuracy']:.1f} %, {beside}"
+                by = f"by {100 * more:+.1f} ({100 * low:+.1f} to {100 * high:+.1f} over patients)"
+                if low > 0:
+                    verdict = f"better than by the base, {by}"
+                elif high < 0:
+                    verdict = f"worse than by the base, {by}: what follows says little of this task"
+                else:
+                    verdict = f"known, but not shown to be better, {by}: what follows says little of this task"
             said.append(f"- {task} by {NAMES[arm]}: {share} % right, {beside}: {verdict}.")
     return "\n".join(said) or "Not asked yet."
+
+
+def what_is_measured(firsts: dict[str, dict]) -> str:
+    """The figures' full names and, of the stamps, what they have in common."""
+    names = dict.fromkeys(figure_of(record, metric) for record in firsts.values() for metric in METRICS)
+    stamps = [record["protocol"] for record in firsts.values()]
+    common = {name: value for name, value in stamps[0].items() if all(one.get(name) == value for one in stamps)}
+    stamp = "; ".join(f"{name}: {value}" for name, value in common.items())
+    return f"SSIM, PSNR and MAE are `{'`, `'.join(names)}`. Stamp: {stamp}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,26 +468,30 @@ def write_report(output: Path) -> str:
     """
     config = json.loads((output / CONFIG).read_text(encoding="utf-8"))
     settings = config["settings"]
+    states = len(config.get("code", []))
+    mixed = f" The steps were run with {states} states of the code, see `{CONFIG}`." if states > 1 else ""
     parts = [
         "Toy weights, simulated patients: these figures say what happens at this size, not at the paper's. "
         f"Protocol of all evaluations: `{settings['protocol']}`, slices; {settings['test_cases']} held-out patients of "
-        "each kind. Mean ± standard deviation over seeds.",
+        f"each kind. Mean ± standard deviation over seeds.{mixed}",
         "### What Stage I taught",
         what_was_learned(output, config),
     ]
     for scanner, title in (("usual", "Held-out patients, usual scanners"), ("unseen", "Unseen scanners")):
-        if not (runs := read_runs(output, config, scanner)):
+        firsts: dict[str, dict] = {}
+        if not (runs := read_runs(output, config, scanner, firsts)):
             continue
         copied = output / "copy" / scanner
-        copied = read_cells(copied) if (copied / CASES).exists() else None
+        copied = read_cells(copied, firsts) if (copied / CASES).exists() else None
         found = compare_arms(runs, STAGE_TWO)
-        parts += [f"### {title}: Stage II after ...", overview(output, config, runs, copied)]
+        parts += [f"### {title}: Stage II after ...", what_is_measured(firsts), overview(output, runs, copied)]
         parts += ["#### Verdict", in_words(found), "#### By route", by_route(runs)]
     for scanner in ("usual", "unseen"):
-        if runs := read_runs(output, config, f"zero-{scanner}"):
+        if runs := read_runs(output, config, f"zero-{scanner}", {}):
             names = NAMES | {"none": "the base itself"}
-            parts += [f"### Without Stage II (zero-shot), {scanner} scanners", overview(output, config, runs, None)]
-            parts += ["#### Verdict", in_words(compare_arms(runs, ZERO_SHOT), names), "#### By route", by_route(runs)]
+            parts += [f"### Without Stage II (zero-shot), {scanner} scanners", overview(output, runs, None, names)]
+            parts += ["#### Verdict", in_words(compare_arms(runs, ZERO_SHOT), names)]
+            parts += ["#### By route", by_route(runs, names)]
     if panels := read_curves(output, config):
         draw_curves(panels, output / CURVES)
         parts += ["### Learning curves", f"![Mean over seeds, and the band of all of them]({CURVES})"]

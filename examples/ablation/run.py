@@ -13,11 +13,13 @@ One command trains and evaluates everything, step by step, each step a process o
 * A step works in `NAME.unfinished`, which becomes `NAME` when it is done. So what was interrupted goes on: finished
   steps are skipped, and the step that was cut off continues by its own means. Checkpoints of finished trainings go.
 * `config.json` holds every setting, all recipes and the command of every step. A folder that holds another ablation is
-  refused; seeds and arms may be added.
+  refused, and so is one whose steps were run with other code; seeds and arms may be added, also by a second command
+  that runs beside the first.
 * `report.md` and `curves.png` are written after each evaluation, see `report.py`.
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import shutil
@@ -26,12 +28,15 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import report
 import yaml
+from filelock import FileLock
 from tqdm.auto import tqdm
 
+import synermedgen_hf
 from synermedgen_hf.data.routes import ROUTES
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.data.understanding import DEFAULT_MIX
@@ -54,6 +59,7 @@ ZERO_SHOT = ("none", "vqa", "all")  # arms that are asked to synthesise without 
 SCANNERS = ("usual", "unseen")
 PROTOCOLS = ("synthrad2023", "paper_frame")  # those that know all routes slice by slice, and SSIM
 TIMINGS, CONFIG = "timings.jsonl", "config.json"
+LIBRARIES = ("torch", "transformers", "trl", "diffusers", "datasets", "numpy", "scipy")
 
 
 def parse_args(argv=None):
@@ -77,6 +83,7 @@ def parse_args(argv=None):
     add("--phantom_slices", type=int, default=None, help="axial slices of a patient, by default the whole region")
     add("--protocol", default="synthrad2023", choices=PROTOCOLS, help="of the evaluation")
     add("--batch_size", type=int, default=16, help="of the evaluation")
+    add("--accept_changed_code", action="store_true", help="go on although earlier steps were run with other code")
     add("--plan", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args(argv)
     args.arms = args.arms or [arm for arm in ARMS if args.untaught or arm != "untaught"]
@@ -202,30 +209,70 @@ def read_yaml(path: Path) -> dict:
 
 
 def checksum(pipeline: Path) -> str:
-    weights = hashlib.sha256()
-    for file in sorted(pipeline.rglob("*.safetensors")):
-        weights.update(file.read_bytes())
-    return weights.hexdigest()
+    state = hashlib.sha256()
+    for file in sorted(path for path in pipeline.rglob("*") if path.is_file()):
+        state.update(f"{file.relative_to(pipeline)} {file.stat().st_size}\n".encode())
+        state.update(file.read_bytes())
+    return state.hexdigest()
 
 
-def claim(args, steps: list[Step]):
-    """Write `config.json`, or refuse a folder that holds another ablation."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "arms", "plan", "untaught")}
-    config = {
+def code_state() -> dict[str, str]:
+    """What the figures depend on besides settings: the code, but for its comments and its layout, and the libraries."""
+    package = Path(synermedgen_hf.__file__).parent
+    files = {f"{package.name}/{file.relative_to(package)}": file for file in package.rglob("*.py")}
+    files |= {name: EXAMPLES / name for name in ("train_understanding.py", "train_generation.py")}
+    files |= {f"ablation/{name}": HERE / name for name in ("edits.py", "graft.py", "run.py")}
+    state = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        state.update(f"{name} {ast.dump(ast.parse(file.read_text(encoding='utf-8')))}\n".encode())
+    return {"code": state.hexdigest()} | {library: version(library) for library in LIBRARIES}
+
+
+def describe(args) -> dict:
+    """All that makes an ablation this one."""
+    left_out = ("seeds", "arms", "plan", "untaught", "accept_changed_code")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    return {
         # As JSON will have them, to be compared with what was written.
         "settings": json.loads(json.dumps(settings, default=str)),
         "checksum of the base": checksum(args.base),
         "Stage I": read_yaml(args.stage1_recipe),
         "Stage II": read_yaml(args.stage2_recipe),
     }
+
+
+def changes(before: dict, now: dict, place: str = "") -> list[str]:
+    """What differs, in words; in dictionaries, entry by entry."""
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += changes(one, other, f"{name}: ")
+        elif one != other:
+            found.append(f"{place}{name} {one} (now {other})")
+    return found
+
+
+def claim(args, steps: list[Step]):
+    """Write `config.json`, or refuse a folder that holds another ablation."""
+    config, code = describe(args), code_state()
     known, before = args.output_dir / CONFIG, {}
     if known.exists():
         before = json.loads(known.read_text(encoding="utf-8"))
-        if changed := [name for name, value in config.items() if before.get(name) != value]:
+        if changed := changes({name: before.get(name) for name in config}, config):
             raise SystemExit(
-                f"{args.output_dir} holds an ablation with other settings ({', '.join(changed)}): see {CONFIG}. Choose "
-                "another --output_dir."
+                f"{args.output_dir} holds another ablation: {'; '.join(changed)}. Choose another --output_dir."
             )
+    states = before.get("code", [{}] if before else [])
+    if states and states[-1] != code:
+        if not args.accept_changed_code:
+            raise SystemExit(
+                f"The steps in {args.output_dir} were run with other code or libraries: "
+                f"{'; '.join(changes(states[-1], code))}. Choose another --output_dir, or mix them on purpose with "
+                "--accept_changed_code, which the report will say."
+            )
+        states = [*states, code]
+    config["code"] = states or [code]
     if args.untaught:  # an arm of its own, which may come later
         config["untaught"] = {"pipeline": str(args.untaught), "checksum": checksum(args.untaught)}
     if before.get("untaught") and config.setdefault("untaught", before["untaught"]) != before["untaught"]:
@@ -312,14 +359,24 @@ def main(args):
     print(f"Time left: {time_left(steps, args.output_dir)}.")
     if args.plan:
         return
-    claim(args, steps)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(args.output_dir / ".lock"):
+        claim(args, steps)
+    start = describe(args), code_state()
     progress = tqdm(steps, unit="step")
     for step in progress:
-        if step.is_done:
-            continue
         name = step.folder.relative_to(args.output_dir)
         progress.set_postfix_str(f"{name}; left: {time_left(steps, args.output_dir)}")
-        do(step, args.output_dir)
+        step.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Another run may be at it, of other seeds: what all seeds need is done once.
+        with FileLock(step.folder.with_name(f".{step.folder.name}.lock")):
+            if step.is_done:
+                continue
+            if (describe(args), code_state()) != start:
+                raise SystemExit(
+                    "The code, a recipe or the base has changed while this ran. Bring it back, or start elsewhere."
+                )
+            do(step, args.output_dir)
         if step.kind.startswith("evaluation"):
             report.write_report(args.output_dir)
     report.write_report(args.output_dir)

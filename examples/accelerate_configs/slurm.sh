@@ -7,6 +7,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
+#SBATCH --mem=0
 #SBATCH --time=48:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -16,8 +17,8 @@ set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export first
 
-# In single quotes: SLURM_NODEID is another one on every machine.
-srun bash -c 'accelerate launch --config_file examples/accelerate_configs/fsdp2_two_nodes.yaml \
+# srun does not take over how many cores the job has. In single quotes: SLURM_NODEID is another one on every machine.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'accelerate launch --config_file examples/accelerate_configs/fsdp2_two_nodes.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$((8 * SLURM_NNODES))" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$first" \
     examples/train_generation.py --config examples/recipes/generation_full_8gpu.yaml \

@@ -36,6 +36,7 @@ import gradio as gr
 import numpy as np
 import pydicom
 import torch
+from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 from viewer import Result, Results, in_plane, layer_of, pair, picture, table
@@ -103,6 +104,16 @@ def uploaded_only(file: gr.File):
         return await move(path) if Path(path).exists() else str(path)  # `check_kept` says what has become of it
 
     file.async_move_resource_to_block_cache = checked
+
+
+def whole_file(picture: Image.Image) -> str:
+    """
+    A picture in gradio's cache, whole from the moment it is there. gradio moves files in whole, but a picture it writes
+    in place, anew each time it is shown: a page that fetches it just then gets a part of it, and does not ask twice.
+    """
+    with tempfile.TemporaryDirectory() as apart:
+        picture.save(Path(apart) / "image.png")
+        return save_file_to_cache(Path(apart) / "image.png", cache_dir=get_upload_folder())
 
 
 def clear_away(folder: Path, kept: set[Path], seconds: float):
@@ -308,7 +319,7 @@ class App:
         if not source and not stated and not probabilities:
             lines.append("say below what it is: this checkpoint has not learned to tell")
         recognised = recognised if recognised in self.sources() else None
-        return preview, f"<p class=seen>{'; '.join(map(html.escape, lines))}.</p>", (scan, recognised)
+        return whole_file(preview), f"<p class=seen>{'; '.join(map(html.escape, lines))}.</p>", (scan, recognised)
 
     def settle(self, scan: dict | None, source: str | None, region: str | None, targets: list[str], found: tuple):
         """A source that is not known is what was found; what is known, or was chosen meanwhile, stays."""
@@ -499,7 +510,8 @@ class App:
         result = self.result_of(request)
         target, index = result.nearest(target, index)
         view = view if view in result.views(target) else result.views(target)[0]
-        return pair(result, target, view, index, source_window, target_window), table(result, target, index)
+        pictures = pair(result, target, view, index, source_window, target_window)
+        return tuple(map(whole_file, pictures)), table(result, target, index)
 
     def point(self, target, index, event: gr.EventData, request: gr.Request):
         """Values under the pointer."""
@@ -604,11 +616,11 @@ class App:
             row = self.quiz_row(index)
         reference, *candidates = row["images"]
         source, target = (MODALITY_NAMES[name] for name in row["route"].split("/")[1].split("-"))
-        labelled = [(image, letter) for image, letter in zip(candidates, row["options"], strict=True)]
+        labelled = [(whole_file(image), letter) for image, letter in zip(candidates, row["options"], strict=True)]
         told = (
             f"<p>The first picture is a slice of a {source}. Which of the four {target} slices is the same place?</p>"
         )
-        return {**score, "index": index}, reference, labelled, gr.Radio(value=None, interactive=True), told
+        return {**score, "index": index}, whole_file(reference), labelled, gr.Radio(value=None, interactive=True), told
 
     def check(self, score: dict, choice: str | None):
         """The truth, the visitor's choice and, where it has learned to choose, the model's."""

@@ -511,6 +511,7 @@ def evaluate_understanding(
         from .data.synermed import TASKS
         from .hub import check_folder
         from .loading_synermedgen import PART_PATTERNS, part_of, weights_checksum
+        from .metrics.runs import sole_user
         from .metrics.understanding import CASES, answer_questions, resume_cases, summarise, understanding_table
 
         scans = {"data_dir": str(data_dir)} if data_dir else {"phantom_cases": phantom_cases}
@@ -558,21 +559,23 @@ def evaluate_understanding(
             "checksum of the weights": weights_checksum(weights, asking),
             "state of the data": f"{builder.config_id}-{builder.hash[:16]}",
         }
-        records = resume_cases(output, arguments)
-        if limit is not None and len(records) > limit:
-            raise ValueError(f"{output} holds {len(records)} answers already, more than --limit {limit}.")
-        rows = rows.skip(len(records)) if limit is None else rows.take(limit).skip(len(records))
-        weights.to("cuda" if torch.cuda.is_available() else "cpu")
-        answers = answer_questions(weights, processor, rows, batch_size, generate=text)
-        with open(output / CASES, "a", encoding="utf-8") as cases:
-            for record in tqdm(answers, desc=split, unit="question", initial=len(records), total=limit):
-                cases.write(json.dumps(record) + "\n")
-                cases.flush()
-                records.append(record)
-        if not records:
-            raise ValueError(f"There are no questions of {config.value} in the split {split}.")
-        summary = summarise(records)
-        write_whole(output / "summary.json", json.dumps({"arguments": arguments, **summary}, indent=2) + "\n")
+        output.mkdir(parents=True, exist_ok=True)
+        with sole_user(output):
+            records = resume_cases(output, arguments)
+            if limit is not None and len(records) > limit:
+                raise ValueError(f"{output} holds {len(records)} answers already, more than --limit {limit}.")
+            rows = rows.skip(len(records)) if limit is None else rows.take(limit).skip(len(records))
+            weights.to("cuda" if torch.cuda.is_available() else "cpu")
+            answers = answer_questions(weights, processor, rows, batch_size, generate=text)
+            with open(output / CASES, "a", encoding="utf-8") as cases:
+                for record in tqdm(answers, desc=split, unit="question", initial=len(records), total=limit):
+                    cases.write(json.dumps(record) + "\n")
+                    cases.flush()
+                    records.append(record)
+            if not records:
+                raise ValueError(f"There are no questions of {config.value} in the split {split}.")
+            summary = summarise(records)
+            write_whole(output / "summary.json", json.dumps({"arguments": arguments, **summary}, indent=2) + "\n")
         said = f"{understanding_table(summary)}\n\nWrote {output / CASES} and {output / 'summary.json'}"
         return Report(said, {"arguments": arguments, **summary})
 

@@ -211,7 +211,13 @@ def subjects(arguments: dict) -> str:
     """Whom an evaluation was about, in words without a path."""
     if "phantom_cases" in arguments:
         return f"{arguments['phantom_cases']} simulated patients of each protocol"
-    return Path(arguments["data_dir"]).name
+    return last_name(arguments["data_dir"])
+
+
+def last_name(place: str) -> str:
+    """Of a folder or a repository; of `.` that of the folder it stands for."""
+    name = Path(place).name
+    return Path(place).resolve().name if name in ("", "..") else name
 
 
 def _evaluation_tables(summary: dict) -> str:

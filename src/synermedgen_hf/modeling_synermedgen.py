@@ -835,10 +835,11 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
         und, gen = embeds, None
         key_index, key_valid = index, valid[:, past:]
         if latents is not None:
-            und_index, und_used, gen_index, gen_used = split_experts(layout.is_latent)
+            und_index, und_used, gen_index, gen_used = split_experts(layout.is_latent, valid[:, past:])
             index = torch.cat([und_index, gen_index], dim=1)
             used = torch.cat([und_used, gen_used], dim=1)
-            # Slots that only fill up a row point at token 0 and must not overwrite its own slot.
+            # Slots that only fill up a row point at token 0 and must not overwrite its own slot. Padding has none, and
+            # comes back as token 0 does.
             slots = torch.arange(index.shape[1], device=index.device).expand(batch, -1)
             sequence_order = torch.zeros(batch, length + 1, dtype=torch.long, device=index.device)
             sequence_order = sequence_order.scatter(1, index.masked_fill(~used, length), slots)[:, :length]
@@ -880,18 +881,19 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
         )
 
 
-def split_experts(is_latent: torch.BoolTensor) -> tuple[torch.Tensor, ...]:
+def split_experts(is_latent: torch.BoolTensor, valid: torch.BoolTensor) -> tuple[torch.Tensor, ...]:
     """
     Sequence indices of understanding and generation tokens, each row filled up to the longest with index 0.
 
     Args:
         is_latent (`torch.BoolTensor` of shape `(batch, length)`): Generation tokens.
+        valid (`torch.BoolTensor` of shape `(batch, length)`): What is no padding, which no expert needs to see.
 
     Returns:
         `und_index`, `und_used`, `gen_index`, `gen_used`: index and whether it is real, `(batch, longest)` each.
     """
     result = []
-    for mine in (~is_latent, is_latent):
+    for mine in (~is_latent & valid, is_latent):
         count = mine.sum(1, keepdim=True)
         index = torch.argsort((~mine).long(), dim=1, stable=True)[:, : int(count.max())]
         used = torch.arange(index.shape[1], device=index.device) < count

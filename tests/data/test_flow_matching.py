@@ -11,6 +11,7 @@ from synermedgen_hf.data.flow_matching import Dropout, PairBatches, PairPool, St
 from synermedgen_hf.data.latents import SliceEncoder
 from synermedgen_hf.data.pairs import PAIR_FEATURES, pair_rows
 from synermedgen_hf.data.sources import CaseRecord, LoadedCase, measure_windows
+from synermedgen_hf.modeling_synermedgen import read_layout, split_experts
 from synermedgen_hf.processing_synermedgen import ImageBlock, build_sequence, make_instruction
 
 NOTHING = Dropout(0, 0, 0, 0, 0)
@@ -130,10 +131,15 @@ def test_little_is_padding(batches, rows):
 
 def test_padding_counts_what_the_model_computes(batches):
     own = batches()
-    samples = [own.draw(number) for number in range(4)]
+    samples = [own.draw(number) for number in range(8)]
+    assert len({sample.tokens[0] for sample in samples}) > 1  # else latents would be dropped from none, or all
     batch = own.collate(samples)
     used, slots = padding(samples)
-    assert used == int(batch["attention_mask"].sum()) and slots >= used
+    valid = batch["attention_mask"] != 0
+    is_latent = read_layout(own.config, batch["input_ids"], valid).is_latent
+    und_index, und_used, gen_index, gen_used = split_experts(is_latent, valid)
+    assert used == int(valid.sum()) == int(und_used.sum() + gen_used.sum())
+    assert slots == und_index.numel() + gen_index.numel() > used
 
 
 def brute_force(tokens, count, largest):
@@ -276,6 +282,9 @@ def test_pairs_of_different_sizes_name_the_case(encoder):
 def test_a_missing_column_is_named(rows, encoder):
     with pytest.raises(ValueError, match="no column region"):
         PairPool(Dataset.from_list(rows, features=PAIR_FEATURES).remove_columns("region"), encoder)
+    stream = Dataset.from_list(rows, features=PAIR_FEATURES).remove_columns("target_image").to_iterable_dataset()
+    with pytest.raises(ValueError, match="no column target_image"):
+        StreamedBatches(stream, None, None, 5, 2, 0, 1, 0)
 
 
 @pytest.fixture
@@ -306,7 +315,7 @@ def seeds(batches, steps):
     return [numbers(sample for batch in batches.step(step) for sample in batch) for step in steps]
 
 
-@pytest.mark.parametrize("stops", [(1,), (3,), (3, 5), (2, 4), (17,)])
+@pytest.mark.parametrize("stops", [(1,), (3,), (3, 4), (3, 5), (2, 4), (17,)])
 def test_a_stream_goes_on_where_it_was_however_often_it_is_stopped(streamed, stops):
     whole = streamed()
     wanted = [[whole.collate(batch) for batch in whole.step(step)] for step in range(20)]

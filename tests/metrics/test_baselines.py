@@ -19,6 +19,7 @@ from synermedgen_hf.metrics.baselines import (
     check_codec,
     codec_settings,
     fit_mapping,
+    fixed_side,
     predict_codes,
     read_network,
     route_of,
@@ -65,6 +66,14 @@ def test_mr_is_judged_where_the_window_of_its_volume_ends_at_the_codecs_own(code
 def test_other_modalities_are_judged_in_their_own_units(codec, route):
     array = np.array([[-2000.0, 12.0], [50.0, 5000.0]])
     assert (true_target(codec, pair(array, array, route)) == array).all()
+
+
+def test_a_true_target_of_grey_levels_is_what_training_took_them_for(codec):
+    row = pair(np.zeros((2, 2)), np.array([[0.0, 51.0], [102.0, 255.0]]), "brain/MRI-CT")
+    row["target_window"] = {"unit": "grey level", "low": 0.0, "high": 255.0}
+    low, high = (codec.target_record("CT")[end] for end in ("low", "high"))
+    share = np.array([[0, 0.2], [0.4, 1]])
+    assert true_target(codec, row) == pytest.approx(low + share * (high - low), abs=0.01)
 
 
 def test_a_copy_of_cbct_as_ct_is_the_cbct_itself(codec):
@@ -231,6 +240,19 @@ def test_another_codec_is_told_by_what_differs(codec, small):
     other = {**codec.intensity, "PET": {**codec.intensity["PET"], "high": 10.0}}
     with pytest.raises(ValueError, match=r": PET \{.*'high': 20.0.*\}, here \{.*'high': 10.0[^;]*Pass the --model"):
         check_codec("folder", record, SynerMedGenImageProcessor(intensity=other))
+
+
+def test_squares_of_one_size_are_no_other_codec_for_another_stride():
+    def codec(stride, **sizes):
+        size = {"max_size": 64, "min_size": 64, "max_pixels": 14112 * 128, "stride": stride, **sizes}
+        return SynerMedGenImageProcessor(vae_size=size)
+
+    record = {"codec": codec_settings(codec(16))}
+    check_codec("folder", record, codec(8))
+    assert fixed_side(record["codec"]) == 64
+    for other in (codec(8, min_size=32), codec(8, max_size=128, min_size=128), codec(8, max_pixels=1024), codec(24)):
+        with pytest.raises(ValueError, match="was trained with another codec"):
+            check_codec("folder", record, other)
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path):

@@ -132,6 +132,7 @@ def test_refusals_come_before_any_work(tmp_path):
         ({"phantom_cases": 1, "protocol": "brats"}, "brats is for MR volumes"),
         ({"phantom_cases": 1, "batch_size": 0}, "must be at least 1"),
         ({"phantom_cases": 1, "codec": "rgb"}, "Unknown codec 'rgb'"),
+        ({"data_dir": "scans", "phantom_slices": 4}, "phantom_slices would do nothing"),
     ):
         with pytest.raises(ValueError, match=message):
             measure_ceiling(tmp_path / "never", checkpoint_path(), **options)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import false_discovery_control, wilcoxon
 
 from synermedgen_hf.metrics.comparison import compare, comparison_table
 from synermedgen_hf.metrics.statistics import interval_of_mean, paired_p_value
@@ -102,6 +102,21 @@ def test_many_routes_are_corrected_for(evaluation):
     order = np.argsort(p)
     stepped = (p[order] * 4 / np.arange(1, 5))[::-1]
     assert q[order] == pytest.approx(np.minimum(np.minimum.accumulate(stepped)[::-1], 1))
+
+
+def test_routes_are_corrected_for_together_whatever_their_unit(evaluation):
+    rng = np.random.default_rng(3)
+    routes = {"brain/MRI-CT": "mae_hu_mask", "brain/CT-MRI": "mae_au_mask", "whole-body/CT-PET": "mae_suv_mask"}
+    sides = []
+    for shift in (0, 0.03):
+        side = []
+        for route, metric in routes.items():
+            for one in patients(rng, shift=shift, route=route):
+                side.append(one | {"metrics": {metric: one["metrics"]["ssim_frame"]}})
+        sides.append(side)
+    found = compare(evaluation("a", sides[0]), evaluation("b", sides[1]))["routes"]
+    p, q = (np.array([found[route][metric][name] for route, metric in routes.items()]) for name in ("p", "q"))
+    assert q == pytest.approx(false_discovery_control(p)) and (q > p).any()
 
 
 @pytest.mark.parametrize(("metric", "better"), [("mae_frame", "first"), ("ssim_frame", "second")])

@@ -120,7 +120,11 @@ def test_every_slice_of_every_route_has_a_record(whole, rows):
     summary = read_summary(whole)
     assert set(summary["routes"]) == {f"{part}/{way}" for part in ("brain", "pelvis") for way in ("MRI-CT", "CT-MRI")}
     assert sum(found["cases"] for found in summary["routes"].values()) == len(rows)
-    assert summary["cases"] == {"found": len({row["case_id"] for row in rows}), "without slices": 0}
+    assert summary["cases"] == {
+        "found": len({row["case_id"] for row in rows}),
+        "without slices": 0,
+        "routes without cases": [],
+    }
 
 
 def test_a_record_is_what_the_model_makes_from_its_seed_under_its_protocol(whole, rows, pipe):
@@ -440,6 +444,13 @@ def test_cases_without_a_wanted_route_are_not_counted(run):
     assert summary["cases"]["without slices"] == 0 and 0 < summary["cases"]["found"] < 4
 
 
+def test_a_route_that_no_case_of_the_split_has_is_said(run, caplog):
+    summary = read_summary(run("test split", baseline="copy", split="test", slice_step=5))
+    missing = [name for name in summary["arguments"]["routes"] if name not in summary["routes"]]
+    assert missing and summary["cases"]["routes without cases"] == missing
+    assert f"No case of the split test shows {', '.join(missing)}" in caplog.text
+
+
 def test_weights_that_cannot_synthesise_are_not_asked(run, weights, tmp_path):
     model = Path(shutil.copytree(weights, tmp_path / "model"))
     config = json.loads((model / "model" / "config.json").read_text())
@@ -463,6 +474,8 @@ def test_weights_that_cannot_synthesise_are_not_asked(run, weights, tmp_path):
         ({"routes": ["sideways"]}, "'sideways' names no route"),
         ({"data_dir": "nowhere"}, "nowhere"),
         ({"phantom_slices": 4}, "phantom_slices would do nothing: they are of simulated patients"),
+        ({"baseline": "copy", "guidance_scale": 0}, "guidance_scale would do nothing: they are of the model, and copy"),
+        ({"baseline": "copy", "dtype": "bfloat16"}, "dtype would do nothing: it is of weights"),
         ({"baseline": "copy", "samples": 8}, "samples would do nothing: they are of the model, and copy"),
         ({"baseline": "copy", "untrained_routes": True}, "untrained_routes would do nothing"),
         ({"beside": ["nowhere"]}, "nowhere holds no finished evaluation"),

@@ -1,5 +1,6 @@
 """What lies behind the buttons, without a server."""
 
+import os
 import threading
 import time
 import tomllib
@@ -35,6 +36,17 @@ def made(app, scan, targets=("CT",), source="MRI", region="brain", **settings):
     return result
 
 
+def test_a_picture_that_is_shown_again_is_not_written_again(app_module):
+    """Who fetches it meanwhile would get a part of it."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
+    path = Path(app_module.whole_file(picture))
+    with open(path, "rb") as fetched:
+        assert app_module.whole_file(picture) == str(path)
+        assert path.stat().st_ino == os.fstat(fetched.fileno()).st_ino
+        assert np.array_equal(np.asarray(Image.open(fetched)), np.asarray(picture))
+    assert [file.name for file in path.parent.iterdir()] == ["image.png"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A scan comes in
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +73,7 @@ def test_chosen_targets_stay_where_they_can_be_made(app):
 
 def test_the_model_is_shown_what_training_showed(app, scan, monkeypatch):
     shown = sees(app, monkeypatch, "MRI")
-    preview, *_ = app.look_at(str(scan), None, "whole-body")
+    preview = Image.open(app.look_at(str(scan), None, "whole-body")[0])
     app.name_modality(str(scan), "whole-body")
     app.name_modality(str(scan), "")
     coronal, axial = (np.asarray(understanding_slice(read_volume(scan), axis)) for axis in ("coronal", "axial"))
@@ -73,7 +85,8 @@ def test_pictures_keep_their_grey_levels_even_if_there_is_one_alone(app, tmp_pat
     shown = sees(app, monkeypatch, "CT")
     for level, dtype, grey in ((100, np.uint8, 100), (257 * 30, np.uint16, 30)):
         Image.fromarray(np.full((20, 24), level, dtype)).save(tmp_path / "flat.png")
-        assert np.all(np.asarray(app.look_at(str(tmp_path / "flat.png"), None, "")[0]) == grey)
+        preview, *_ = app.look_at(str(tmp_path / "flat.png"), None, "")
+        assert np.all(np.asarray(Image.open(preview)) == grey)
         assert np.all(np.asarray(shown.pop()) == grey)
 
 

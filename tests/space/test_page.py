@@ -298,7 +298,11 @@ def test_the_handle_of_the_pictures_moves(visit):
     page.click("#examples button")
     page.wait(lambda: page.all("#targets input[type=checkbox]"), "targets")
     page.click("#start")
-    page.wait(lambda: len(page.all("#pictures img")) == 2, "the pictures")
+    seen = (
+        "const pictures = [...document.querySelectorAll('#pictures img')];"
+        "return pictures.length == 2 && pictures.every((one) => one.complete && one.naturalWidth > 0)"
+    )
+    page.wait(lambda: page.driver.execute_script(seen), "the pictures, and not only their places")
 
     def hidden():
         """The share of the right picture that lies under the left one."""

@@ -204,14 +204,19 @@ def _with_pictures(rows: Dataset | Iterable[dict]) -> Iterator[tuple[dict, dict]
         for row in rows:
             yield row, {side: partial(row.__getitem__, f"{side}_image") for side in ("source", "target")}
         return
-    if missing := [name for name in (*_COLUMNS, "source_image", "target_image") if name not in rows.column_names]:
-        raise ValueError(f"The data set has no column {', '.join(missing)}: see load_dataset('synermed', 'pairs').")
+    _check_columns(rows)
     files = {
         side: rows.select_columns(f"{side}_image").cast_column(f"{side}_image", Image(decode=False))
         for side in ("source", "target")
     }
     for number, row in enumerate(rows.select_columns(list(_COLUMNS))):
         yield row, {side: partial(_picture_of, files[side], number, f"{side}_image") for side in files}
+
+
+def _check_columns(rows: Dataset | IterableDataset):
+    there = rows.column_names  # of some streams it is not known
+    if missing := [name for name in (*_COLUMNS, "source_image", "target_image") if there and name not in there]:
+        raise ValueError(f"The data set has no column {', '.join(missing)}: see load_dataset('synermed', 'pairs').")
 
 
 def _picture_of(files: Dataset, number: int, column: str) -> dict:
@@ -501,9 +506,13 @@ class StreamedBatches:
         steps (`int`): Steps that a pool lasts.
         process, processes (`int`): Which of how many this is.
         seed (`int`): Of everything.
+
+    Raises:
+        `ValueError`: A column is missing.
     """
 
     def __init__(self, dataset: IterableDataset, make_pool, make_batches, pool_size, steps, process, processes, seed):
+        _check_columns(dataset)
         self.shards = dataset.num_shards
         if processes > 1 and dataset.num_shards >= processes:
             dataset = dataset.shard(num_shards=processes, index=process)
@@ -553,6 +562,7 @@ class StreamedBatches:
         self.dataset.load_state_dict(state["stream"])
         self.number, self.rows = state["pool"] - 1, None
         self._read()
+        self.start = state["stream"]  # a stream that was loaded says where it is only once it has been read from
 
 
 __all__ = [

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from PIL import Image
@@ -133,7 +134,8 @@ class LatentCache:
     def write(self, image: str, encoded: EncodedSlice):
         path = self.path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        # Not the number of the process: in containers that share a folder it may be the same.
+        unfinished = path.with_suffix(f".{uuid4().hex}.tmp")
         tensors = {name: getattr(encoded, name).contiguous() for name in ("mean", "std", "pixels")}
         save_file(tensors, unfinished, {"codec": self.codec})
         os.replace(unfinished, path)

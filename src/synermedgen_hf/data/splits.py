@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -93,7 +94,8 @@ def read_splits(path: str | Path) -> dict[str, str]:
 
 def write_whole(path: Path, text: str):
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Not the number of the process: in containers that share a folder it may be the same.
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 

@@ -53,8 +53,9 @@ def decode(codec, row: dict, codes: np.ndarray) -> np.ndarray:
 
 def true_target(codec, row: dict) -> np.ndarray:
     """
-    The true target in the units in which a target is made: HU and SUV as they are. MR has no absolute scale, so the
-    window of its volume is brought to the codec's own; values beyond the window stay beyond it.
+    The true target in the units in which a target is made: HU and SUV as they are, grey levels of a CT or PET as
+    training has read them. MR has no absolute scale, so the window of its volume is brought to the codec's own; values
+    beyond the window stay beyond it.
 
     Args:
         codec ([`SynerMedGenImageProcessor`]): Owns the scale.
@@ -64,9 +65,10 @@ def true_target(codec, row: dict) -> np.ndarray:
         `np.ndarray` of shape `(height, width)`: float32.
     """
     array, modality = np.asarray(row["target_image"], np.float32), row["target_modality"]
-    if "percentile" not in codec.intensity[modality]:
-        return array
     window, record = row["target_window"], codec.target_record(modality)
+    if "percentile" not in codec.intensity[modality]:
+        in_units = window_for(codec, modality, window) is None
+        return array if in_units else decode(codec, row, encode(codec, row, "target"))
     share = (array - window["low"]) / (window["high"] - window["low"])
     return (record["low"] + share * (record["high"] - record["low"])).astype(np.float32)
 
@@ -187,6 +189,14 @@ def codec_settings(codec) -> dict:
     return json.loads(json.dumps({name: getattr(codec, name) for name in names}))
 
 
+def fixed_side(settings: dict) -> int | None:
+    """Of [`codec_settings`]: the side in pixels if all pictures are squares of one size, whatever the stride."""
+    size = settings["vae_size"]
+    side = size["max_size"]
+    fits = side == size["min_size"] and side % size["stride"] == 0 and side**2 <= size["max_pixels"]
+    return side if fits and settings["pad_to_square"] else None
+
+
 def read_network(folder: str | Path) -> dict:
     """
     The record of a trained network, every file in place.
@@ -220,6 +230,8 @@ def read_network(folder: str | Path) -> dict:
 def check_codec(folder: str | Path, record: dict, codec):
     """Raise a `ValueError` if a network was trained with another codec than this one."""
     theirs, mine = record["codec"], codec_settings(codec)
+    if fixed_side(mine) is not None and fixed_side(theirs) == fixed_side(mine):
+        theirs, mine = ({**one, "vae_size": fixed_side(mine)} for one in (theirs, mine))
     if theirs == mine:
         return
     # Of the windows only those that differ.
@@ -282,6 +294,7 @@ __all__ = [
     "decode",
     "encode",
     "fit_mapping",
+    "fixed_side",
     "predict_codes",
     "read_network",
     "route_of",

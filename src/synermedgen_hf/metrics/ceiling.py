@@ -28,6 +28,8 @@ from ..loading_synermedgen import weights_checksum
 from .protocols import PROTOCOLS, VERSION, check_same_protocol, evaluate_case
 from .runs import CASES, claim_folder, read_records, sole_user
 
+PHANTOM_SLICES, PHANTOM_SIZE = 8, 128  # of a simulated patient, by default
+
 
 @torch.no_grad()
 def vae_ceiling(
@@ -153,8 +155,8 @@ def measure_ceiling(
     model: str | Path,
     data_dir: str | Path | None = None,
     phantom_cases: int | None = None,
-    phantom_slices: int = 8,
-    phantom_size: int = 128,
+    phantom_slices: int = PHANTOM_SLICES,
+    phantom_size: int = PHANTOM_SIZE,
     codec: str | None = None,
     protocol: str = "synthrad2023",
     slice_step: int = 1,
@@ -188,6 +190,9 @@ def measure_ceiling(
     """
     if (data_dir is None) == (phantom_cases is None):
         raise ValueError("Pass either --data-dir or --phantom-cases.")
+    asked = {"phantom_slices": (phantom_slices, PHANTOM_SLICES), "phantom_size": (phantom_size, PHANTOM_SIZE)}
+    if data_dir and (needless := [name for name, (value, usual) in asked.items() if value != usual]):
+        raise ValueError(f"{', '.join(needless)} would do nothing: they are of simulated patients, not of scans.")
     if protocol not in PROTOCOLS:
         raise ValueError(f"There is no protocol {protocol!r}. Choose one of {', '.join(PROTOCOLS)}.")
     if protocol == "brats":

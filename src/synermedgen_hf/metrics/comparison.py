@@ -1,6 +1,7 @@
 """Two evaluations against each other: the same cases, the same protocol, paired by patient."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         several) and metric `n` cases and `patients` on which both are defined, the mean of `first` and of `second`, the
         mean `difference` (first minus second), its `interval` over patients, the `difference of patients`, in which
         each patient counts the same, `p` of Wilcoxon's signed-rank test on the latter's terms, and `q`, the same
-        corrected for testing the metric on all routes (Benjamini and Hochberg).
+        corrected for testing the metric on all routes, in whatever unit (Benjamini and Hochberg).
 
     Raises:
         `FileNotFoundError`: A folder holds no finished evaluation.
@@ -63,8 +64,12 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         labels[group]: {metric: _paired(cases, bootstrap, seed) for metric, cases in metrics.items()}
         for group, metrics in values.items()
     }
-    for metric in dict.fromkeys(metric for metrics in routes.values() for metric in metrics):
-        correct_p_values(found[metric] for found in routes.values() if metric in found)
+    families: dict[str, list[dict]] = {}
+    for metrics in routes.values():
+        for metric, found in metrics.items():
+            families.setdefault(re.sub(r"_(hu|suv|au)(?=_|$)", "", metric), []).append(found)
+    for family in families.values():
+        correct_p_values(family)
     return {"first": str(first), "second": str(second), "bootstrap": bootstrap, "routes": routes}
 
 
@@ -100,7 +105,8 @@ def _paired(cases: list[tuple[str, float, float]], bootstrap: int, seed: int) ->
 def comparison_table(found: dict) -> str:
     """
     What [`compare`] found as a Markdown table. A run is named the better one where `q` is below 0.05, the interval
-    leaves out zero, and a difference in which each patient counts the same points the same way.
+    leaves out zero, and a difference in which each patient counts the same points the same way. With five patients or
+    fewer no test of ranks can reach that.
     """
     columns = ["route", "metric", "n", "patients", "first", "second", "difference", "95 % interval", "p", "q", "better"]
     lines = []

@@ -145,11 +145,14 @@ def evaluate(
         baseline = network["kind"]
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     given |= {"image_guidance_scale": image_guidance_scale, "timestep_shift": timestep_shift}
-    sampler = [name for name, value in {**given, "samples": samples - 1, "seed": seed}.items() if value]
+    sampler = [name for name, value in given.items() if value is not None]
+    sampler += [name for name, value in {"samples": samples - 1, "seed": seed}.items() if value]
     if baseline is not None and sampler:
         raise ValueError(
             f"{', '.join(sampler)} would do nothing: they are of the model, and {baseline} draws no noise."
         )
+    if baseline in ("copy", "mapping") and dtype != "float32":
+        raise ValueError(f"dtype would do nothing: it is of weights, and {baseline} has none.")
     if baseline is not None and untrained_routes:
         raise ValueError("untrained_routes would do nothing: it is of the model, and a baseline answers what it can.")
     simulated = {"phantom_slices": None, "phantom_size": PHANTOM_SIZE, "phantom_scanner": "usual"}
@@ -548,7 +551,10 @@ def _gather(output: Path, count: int, arguments: dict, report: Path):
     def records() -> Iterator[dict]:
         return chain.from_iterable(map(read_records, parts))
 
-    write_summary(output, records, arguments, {"found": count, "without slices": empty})
+    shown = {record["route"] for record in records()}
+    if unseen := [route for route in arguments["routes"] if route not in shown]:
+        logger.warning(f"No case of the split {arguments['split']} shows {', '.join(unseen)}.")
+    write_summary(output, records, arguments, {"found": count, "without slices": empty, "routes without cases": unseen})
     unfinished = output / f"{CASES}.{os.getpid()}.tmp"
     with open(unfinished, "w", encoding="utf-8") as file:
         for record in records():

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from ..data.splits import write_whole
 from ..image_processing_synermedgen import to_display
-from ..model_card import evaluation_results, subjects
+from ..model_card import evaluation_results, last_name, subjects
 from .protocols import check_same_protocol
 from .runs import CASES, name_of
 from .statistics import interval_of_mean
@@ -384,12 +384,12 @@ def markdown_table(columns: list[str], lines: list[list]) -> str:
 
 def _model_index(summary: dict) -> str:
     """The front matter of a card, as the Hub reads it."""
-    index = eval_results_to_model_index(Path(summary["arguments"]["model"]).name, evaluation_results(summary))
+    index = eval_results_to_model_index(last_name(summary["arguments"]["model"]), evaluation_results(summary))
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
 
 
 def _title(arguments: dict) -> str:
-    return arguments["baseline"] or Path(arguments["model"]).name
+    return arguments["baseline"] or last_name(arguments["model"])
 
 
 _STYLE = """
@@ -410,7 +410,10 @@ def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], l
     say, arguments = html.escape, summary["arguments"]
     title = f"Evaluation of {_title(arguments)}"
     found = f"{summary['cases']['found']} cases, {summary['cases']['without slices']} of them with nothing to judge"
-    parts = [f"<h1>{say(title)}</h1>", f"<p>{say(subjects(arguments))}, split {say(arguments['split'])}: {found}.</p>"]
+    if unseen := summary["cases"].get("routes without cases"):
+        found += f"; none of {', '.join(unseen)}"
+    whom = f"{subjects(arguments)}, split {arguments['split']}: {found}."
+    parts = [f"<h1>{say(title)}</h1>", f"<p>{say(whom)}</p>"]
     parts.append("<p>Research use only. Not for clinical use: every synthesis may be wrong.</p>")
     for heading, note, columns, lines in tables:
         head = "".join(f"<th>{say(column)}</th>" for column in columns)

@@ -8,7 +8,9 @@ from scipy.stats import false_discovery_control, wilcoxon
 
 def interval_of_mean(sums: np.ndarray, counts: np.ndarray, bootstrap: int = 1000, seed: int = 0) -> list[float] | None:
     """
-    Where the mean over all cases lies in 95 of 100 draws of patients, with replacement.
+    Where the mean over all cases lies in 95 of 100 draws of patients, with replacement. Of few patients that is too
+    narrow: for figures that are normally distributed, such an interval holds the true mean in 95 of 100 evaluations of
+    many patients, in about 89 of 8, in about 84 of 5.
 
     Args:
         sums (`np.ndarray` of shape `(patients,)`): Of the cases of each patient.
