@@ -471,7 +471,8 @@ def write_report(output: Path) -> str:
     states = len(config.get("code", []))
     mixed = f" The steps were run with {states} states of the code, see `{CONFIG}`." if states > 1 else ""
     parts = [
-        "Toy weights, simulated patients: these figures say what happens at this size, not at the paper's. "
+        "# What the ablation found",
+        "Written by `examples/ablation/report.py`. Toy weights, simulated patients: these figures say what happens at this size, not at the paper's. "
         f"Protocol of all evaluations: `{settings['protocol']}`, slices; {settings['test_cases']} held-out patients of "
         f"each kind. Mean ± standard deviation over seeds.{mixed}",
         "### What Stage I taught",
