@@ -47,6 +47,8 @@ def draw_understanding(axes, folder: Path):
 def draw_generation(axes, folder: Path):
     done = 0
     for name, tokens in (("generation_log", 64), ("generation_fine_log", 256)):
+        if not (folder / f"{name}.jsonl").exists():  # a training of one part
+            continue
         rows = [row for row in read_lines(folder / f"{name}.jsonl") if "loss_mse" in row]
         axes.plot([done + row["step"] for row in rows], [row["loss_mse"] for row in rows], label=f"{tokens} tokens")
         done += rows[-1]["step"]

@@ -57,7 +57,7 @@ from synermedgen_hf.data.flow_matching import PairOrder, PairPool
 from synermedgen_hf.data.latents import SliceEncoder, StoredSlice, check_sizes, prepare_slice
 from synermedgen_hf.data.splits import write_whole
 from synermedgen_hf.hub import check_folder
-from synermedgen_hf.metrics.baselines import NETWORKS, RECORD, codec_settings, fixed_side, predict_codes
+from synermedgen_hf.metrics.baselines import NETWORKS, RECORD, check_codec, codec_settings, fixed_side, predict_codes
 
 logger = logging.getLogger(__name__)
 
@@ -318,13 +318,14 @@ def open_codec(args):
     source = args.pretrained_model_name_or_path
     check_folder(source, {"model": None, "vae": None, "scheduler": None})  # they are not needed here
     codec = AutoProcessor.from_pretrained(source, subfolder="processor", revision=args.revision).image_processor
-    stride = fixed_side(codec_settings(codec)) or codec.vae_size["stride"]
+    side = fixed_side(codec_settings(codec))
+    stride = side or codec.vae_size["stride"]
     coarsest = args.patch_size * 2 ** (len(args.block_out_channels) - 1)
     if stride % coarsest:
         raise SystemExit(
-            f"The codec makes pictures of multiples of {stride} pixels, and {len(args.block_out_channels)} levels on "
-            f"blocks of {args.patch_size} pixels need multiples of {coarsest}: pass fewer --block_out_channels, or a "
-            "smaller --patch_size."
+            f"The codec makes pictures of {'' if side else 'multiples of '}{stride} pixels a side, and "
+            f"{len(args.block_out_channels)} levels on blocks of {args.patch_size} pixels need multiples of "
+            f"{coarsest}: pass fewer --block_out_channels, or a smaller --patch_size."
         )
     return codec
 
@@ -360,9 +361,11 @@ def main(args):
     if accelerator.num_processes > 1:
         raise SystemExit("A baseline is trained by one process: start it with python, not with accelerate launch.")
     codec = open_codec(args)
-    if (before := record or state) and before["codec"] != codec_settings(codec):
-        where = done if record else folder
-        raise SystemExit(f"{where} was trained with another codec than that of {args.pretrained_model_name_or_path}.")
+    if before := record or state:
+        try:
+            check_codec(done if record else folder, before, codec)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
 
     # 1. The data, and one network for all routes.
     pool = PairPool(

@@ -223,7 +223,9 @@ def read_recipe(path: Path | None) -> list[str]:
     arguments = []
     # As strings: otherwise YAML takes the words "off" and "no", which are values of arguments, for false.
     for name, value in ((yaml.load(path.read_text(), yaml.BaseLoader) if path else None) or {}).items():
-        flag = {"true": f"--{name}", "false": f"--no-{name}"}.get(str(value))
+        if value in ("", "~", "null"):
+            continue
+        flag = {"true": f"--{name}", "false": f"--no-{name}"}.get(str(value).lower())
         arguments += [flag] if flag else [f"--{name}", *(value if isinstance(value, list) else [value])]
     return arguments
 

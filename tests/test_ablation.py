@@ -139,7 +139,7 @@ def test_a_folder_is_that_of_one_ablation_which_may_grow(options):
     with pytest.raises(SystemExit, match=r"holds another ablation: settings: test_cases 6 \(now 3\)\."):
         run.claim(other, run.make_steps(other))
     (few.base / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(SystemExit, match="checksum of the base"):
+    with pytest.raises(SystemExit, match="files of the base"):
         run.claim(few, run.make_steps(few))
 
 
@@ -249,7 +249,13 @@ def write_answers(folder, accuracy):
     """100 questions of ten patients a task; the more are right, the more patients have them right."""
     folder.mkdir(parents=True)
     cases = [
-        {"index": index, "task": task, "patient_id": str(index % 10), "correct": index < 100 * accuracy}
+        {
+            "index": index,
+            "task": task,
+            "dataset": f"set {index % 2}",
+            "patient_id": str(index % 10 // 2),
+            "correct": index < 100 * accuracy,
+        }
         for task in ("CTS", "MI", "TIA")
         for index in range(100)
     ]

@@ -329,7 +329,7 @@ def test_arguments_that_cannot_be_are_refused(train, tmp_path, capsys, options, 
 def test_what_does_not_go_together_is_said_before_anything_is_written(train, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(
-        SystemExit, match="multiples of 16 pixels, and 5 levels on blocks of 2 pixels need multiples of 32"
+        SystemExit, match="multiples of 16 pixels a side, and 5 levels on blocks of 2 pixels need multiples of 32"
     ):
         train(run, baseline="unet", block_out_channels=[8] * 5)
     with pytest.raises((OSError, ValueError), match="nowhere"):

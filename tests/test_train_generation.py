@@ -563,10 +563,14 @@ def test_there_are_recipes_and_each_says_what_it_takes():
 def test_words_of_yaml_are_taken_as_they_are_written(script, tmp_path):
     """`off` and `no` are values here, and a flag can be taken back on the command line."""
     recipe, more = tmp_path / "recipe.yaml", ["--pretrained_model_name_or_path", "start", "--output_dir", "out"]
-    recipe.write_text("latent_cache: off\nmixed_precision: no\ngradient_checkpointing: true\nstreaming: false\n")
+    recipe.write_text(
+        "latent_cache: off\nmixed_precision: no\ngradient_checkpointing: True\nstreaming: false\n"
+        "routes: null\nlora_rank:\n"
+    )
     args = script.parse_args(["--config", str(recipe), *more])
     assert (args.latent_cache, args.mixed_precision) == ("off", "no")
     assert args.gradient_checkpointing is True and args.streaming is False
+    assert args.routes is None and args.lora_rank is None
     again = script.parse_args(["--config", str(recipe), *more, "--no-gradient_checkpointing", "--streaming"])
     assert again.gradient_checkpointing is False and again.streaming is True
     recipe.write_text("# nothing yet\n")

@@ -156,7 +156,7 @@ def main(args):
         unfinished.rename(pictures)
 
     # Of the recipe, what does not speak of data. A caption stands as it is: it names no region, and has one source.
-    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    recipe = yaml.load(args.recipe.read_text(encoding="utf-8"), yaml.BaseLoader)  # "no" is a word, as it is there
     recipe = {name: value for name, value in recipe.items() if name in TRAINING}
     recipe |= {"pretrained_model_name_or_path": str(args.base), "output_dir": str(training)}
     recipe |= {"dataset_name": str(pictures), "dataset_config_name": "default", "drop_region": 0, "multi_source": 0}

@@ -6,8 +6,9 @@
   over seeds. Figures carry the protocol of the evaluations and are never mixed with the paper's.
 * A verdict comes from differences of two arms on the same patients under the same seed. It has to hold for other
   patients: the 95 % interval over patients leaves out zero, and the paired test holds after correction for all
-  comparisons of a table (Benjamini and Hochberg). And for other trainings: so does Student's interval over seeds.
-  Otherwise it is undecided, and said to be; a single seed decides nothing.
+  comparisons of a table that the paper claims something of (Benjamini and Hochberg; others are corrected apart). And for
+  other trainings: so does Student's interval over seeds. Otherwise it is undecided, and said to be; a single seed
+  decides nothing.
 * What has not been run yet is left out; comparisons use the seeds that both arms have.
 """
 
@@ -152,7 +153,11 @@ def read_answers(output: Path, arm: str, seed: int) -> dict[str, dict]:
 def read_right(output: Path, arm: str, seed: int, task: str) -> dict[int, tuple[str, bool]]:
     """Number of a question to its patient and whether it was answered rightly."""
     records = read_cases(answers_of(output, arm, seed))
-    return {one["index"]: (one["patient_id"], one["correct"]) for one in records if one["task"] == task}
+    return {
+        one["index"]: (f"{one['dataset']}/{one['patient_id']}", one["correct"])
+        for one in records
+        if one["task"] == task
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,7 +300,7 @@ def sign_flip_p_value(added: np.ndarray) -> float | None:
 
 
 def compare_arms(runs, comparisons: Iterable[Comparison], metric: str = "ssim") -> dict[Comparison, dict]:
-    """[`difference`] of all comparisons that have been run, with `q`: `p` corrected for all that are claimed."""
+    """[`difference`] of comparisons that have been run, with `q`: `p` corrected for those that are claimed, or not."""
     found = {}
     for pair in comparisons:
         first, second = (
@@ -472,9 +477,9 @@ def write_report(output: Path) -> str:
     mixed = f" The steps were run with {states} states of the code, see `{CONFIG}`." if states > 1 else ""
     parts = [
         "# What the ablation found",
-        "Written by `examples/ablation/report.py`. Toy weights, simulated patients: these figures say what happens at this size, not at the paper's. "
-        f"Protocol of all evaluations: `{settings['protocol']}`, slices; {settings['test_cases']} held-out patients of "
-        f"each kind. Mean ± standard deviation over seeds.{mixed}",
+        "Written by `examples/ablation/report.py`. Toy weights, simulated patients: these figures say what happens at "
+        f"this size, not at the paper's. Protocol of all evaluations: `{settings['protocol']}`, slices; "
+        f"{settings['test_cases']} held-out patients of each kind. Mean ± standard deviation over seeds.{mixed}",
         "### What Stage I taught",
         what_was_learned(output, config),
     ]

@@ -235,7 +235,7 @@ def describe(args) -> dict:
     return {
         # As JSON will have them, to be compared with what was written.
         "settings": json.loads(json.dumps(settings, default=str)),
-        "checksum of the base": checksum(args.base),
+        "files of the base": checksum(args.base),
         "Stage I": read_yaml(args.stage1_recipe),
         "Stage II": read_yaml(args.stage2_recipe),
     }
@@ -259,17 +259,22 @@ def claim(args, steps: list[Step]):
     known, before = args.output_dir / CONFIG, {}
     if known.exists():
         before = json.loads(known.read_text(encoding="utf-8"))
+        if "code" not in before:
+            raise SystemExit(
+                f"{args.output_dir} was begun when the code was not yet noted, so it cannot go on; report.py still "
+                "reads it. Choose another --output_dir."
+            )
         if changed := changes({name: before.get(name) for name in config}, config):
             raise SystemExit(
                 f"{args.output_dir} holds another ablation: {'; '.join(changed)}. Choose another --output_dir."
             )
-    states = before.get("code", [{}] if before else [])
+    states = before.get("code", [])
     if states and states[-1] != code:
         if not args.accept_changed_code:
             raise SystemExit(
                 f"The steps in {args.output_dir} were run with other code or libraries: "
                 f"{'; '.join(changes(states[-1], code))}. Choose another --output_dir, or mix them on purpose with "
-                "--accept_changed_code, which the report will say."
+                "--accept_changed_code: the report says so, or, where their evaluations are unlike, refuses."
             )
         states = [*states, code]
     config["code"] = states or [code]
@@ -378,8 +383,14 @@ def main(args):
                 )
             do(step, args.output_dir)
         if step.kind.startswith("evaluation"):
-            report.write_report(args.output_dir)
-    report.write_report(args.output_dir)
+            try:
+                report.write_report(args.output_dir)
+            except ValueError as error:  # what is left to do can be done all the same
+                tqdm.write(f"No report: {error}")
+    try:
+        report.write_report(args.output_dir)
+    except ValueError as error:
+        raise SystemExit(f"All steps are done, but there is no report: {error}") from error
     print(f"Wrote {args.output_dir / report.REPORT} and {args.output_dir / report.CURVES}")
 
 

@@ -839,7 +839,7 @@ class SynerMedGenModel(SynerMedGenPreTrainedModel):
             index = torch.cat([und_index, gen_index], dim=1)
             used = torch.cat([und_used, gen_used], dim=1)
             # Slots that only fill up a row point at token 0 and must not overwrite its own slot. Padding has none, and
-            # comes back as token 0 does.
+            # comes back as whatever is in the first.
             slots = torch.arange(index.shape[1], device=index.device).expand(batch, -1)
             sequence_order = torch.zeros(batch, length + 1, dtype=torch.long, device=index.device)
             sequence_order = sequence_order.scatter(1, index.masked_fill(~used, length), slots)[:, :length]

@@ -26,9 +26,7 @@ from ..hub import check_folder
 from ..image_processing_synermedgen import SynerMedGenImageProcessor, set_codec
 from ..loading_synermedgen import weights_checksum
 from .protocols import PROTOCOLS, VERSION, check_same_protocol, evaluate_case
-from .runs import CASES, claim_folder, read_records, sole_user
-
-PHANTOM_SLICES, PHANTOM_SIZE = 8, 128  # of a simulated patient, by default
+from .runs import CASES, PHANTOM_SIZE, PHANTOM_SLICES, claim_folder, read_records, sole_user
 
 
 @torch.no_grad()

@@ -54,12 +54,11 @@ from .baselines import (
 )
 from .protocols import VERSION, evaluate_case
 from .report import draw_strip, keep_pictures, read_summary, write_report, write_summary
-from .runs import CASES, claim_folder, name_of, read_records, sole_user
+from .runs import CASES, PHANTOM_SIZE, claim_folder, name_of, read_records, sole_user
 
 logger = logging.get_logger(__name__)
 
 PARTS, MAPPING = "parts", "mapping.json"
-PHANTOM_SIZE = 128
 BASELINES, LEVELS = ("copy", "mapping", "ceiling"), ("slice", "volume")
 Predict = Callable[[list[dict], list[int]], list[np.ndarray]]
 

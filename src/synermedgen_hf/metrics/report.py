@@ -243,7 +243,7 @@ def write_summary(output: Path, records: Callable[[], Iterator[dict]], arguments
         output (`Path`): Folder of the evaluation.
         records (`Callable`): Gives all records from the first, each time it is called; some hold a `picture`.
         arguments (`dict`): What was asked.
-        cases (`dict`): How many were found, and how many gave no slice.
+        cases (`dict`): How many were found, how many gave no slice, and the routes that none of them shows.
 
     Raises:
         `ValueError`: There are no records.

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from ..data.splits import write_whole
 
 CASES, ARGUMENTS = "cases.jsonl", "arguments.json"
+PHANTOM_SLICES, PHANTOM_SIZE = 8, 128  # of a simulated patient by default, as in cli.py
 
 
 def claim_folder(folder: str | Path, arguments: dict):
