@@ -61,6 +61,7 @@ def with_finer_tokens(pipe: SynerMedGenPipeline) -> SynerMedGenPipeline:
     weights["llm2vae.bias"] = bias.unflatten(0, parts).mean((0, 2)).flatten()
     model = SynerMedGenForConditionalGeneration(config)
     model.load_state_dict(weights)
+    model.generation_config = pipe.model.generation_config
     return SynerMedGenPipeline(model, processor, pipe.vae, pipe.scheduler)
 
 

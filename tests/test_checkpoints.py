@@ -49,7 +49,7 @@ def test_they_know_22_routes_and_three_tasks(bundled):
 
 
 def test_how_they_were_trained_is_kept_beside_them():
-    for stage in ("vae", "generation"):
+    for stage in ("vae", "generation", "generation_fine"):
         steps = [json.loads(line)["step"] for line in (FOLDER / "training" / f"{stage}_log.jsonl").open()]
         assert steps == sorted(set(steps)) and steps[-1] == recorded(f"{stage}_args.json")["max_train_steps"]
     base = [json.loads(line) for line in (FOLDER / "training" / "base_log.jsonl").open()]

@@ -200,6 +200,7 @@ def test_finer_tokens_read_and_write_what_larger_ones_did(trained, work):
     run("finer_tokens", "--pretrained_model_name_or_path", trained / "pipeline", "--output_dir", work / "finer")
     old, new = (SynerMedGenPipeline.from_pretrained(run / "pipeline") for run in (trained, work / "finer"))
     assert (old.model.config.latent_patch_size, new.model.config.latent_patch_size) == (4, 2)
+    assert old.model.generation_config.to_dict() == new.model.generation_config.to_dict()
     channels, generator = old.model.config.latent_channels, torch.Generator().manual_seed(0)
     small, hidden = torch.randn(3, 2 * 2 * channels, generator=generator), torch.randn(3, 64, generator=generator)
     with torch.no_grad():

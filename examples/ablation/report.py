@@ -6,8 +6,8 @@
   over seeds. Figures carry the protocol of the evaluations and are never mixed with the paper's.
 * A verdict comes from differences of two arms on the same patients under the same seed. It has to hold for other
   patients: the 95 % interval over patients leaves out zero, and the paired test holds after correction for all
-  comparisons of a table that the paper claims something of (Benjamini and Hochberg; others are corrected apart). And for
-  other trainings: so does Student's interval over seeds. Otherwise it is undecided, and said to be; a single seed
+  comparisons of a table that the paper claims something of (Benjamini and Hochberg; others are corrected apart). And
+  for other trainings: so does Student's interval over seeds. Otherwise it is undecided, and said to be; a single seed
   decides nothing.
 * What has not been run yet is left out; comparisons use the seeds that both arms have.
 """
