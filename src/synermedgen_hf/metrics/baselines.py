@@ -191,10 +191,14 @@ def codec_settings(codec) -> dict:
 
 def fixed_side(settings: dict) -> int | None:
     """Of [`codec_settings`]: the side in pixels if all pictures are squares of one size, whatever the stride."""
-    size = settings["vae_size"]
-    side = size["max_size"]
-    fits = side == size["min_size"] and side % size["stride"] == 0 and side**2 <= size["max_pixels"]
-    return side if fits and settings["pad_to_square"] else None
+    try:
+        side, smallest, stride, pixels = (
+            settings["vae_size"][n] for n in ("max_size", "min_size", "stride", "max_pixels")
+        )
+        squares = settings["pad_to_square"]
+    except (KeyError, TypeError):  # the record of a network is a file, and may hold anything
+        return None
+    return side if squares and side == smallest and side % stride == 0 and side**2 <= pixels else None
 
 
 def read_network(folder: str | Path) -> dict:
