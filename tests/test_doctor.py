@@ -83,7 +83,7 @@ def test_a_repository_on_the_hub_is_described_without_its_weights(hub):
 def test_the_description_in_words():
     done = run("info")
     assert done.exit_code == 0
-    for said in ("synermedgen-tiny", "trained on simulated scans", "apache-2.0", "slices of 800", "7.98 M parameters"):
+    for said in ("synermedgen-tiny", "trained on simulated scans", "apache-2.0", "slices of 800", "7.95 M parameters"):
         assert said in done.stdout
     for said in ("4 steps", "whole-body  CT-PET, PET-CT", "| CT | HU | -1024 to 3071 |", "Not for clinical use"):
         assert said in done.stdout
@@ -238,7 +238,7 @@ def test_weights_larger_than_the_memory_are_not_loaded(checkpoint, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10_000_000))
     found = examine(checkpoint, device="cpu")
     assert "load_report" not in found["checkpoint"] and "self_test" not in found
-    assert "The weights take 16.0 MB, and cpu has 10.0 MB free" in found["problems"][0]
+    assert "The weights take 15.9 MB, and cpu has 10.0 MB free" in found["problems"][0]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=20_000_000))
     found = examine(checkpoint, device="cpu")
     assert found["problems"] == [] and "bfloat16" in found["checkpoint"]["load_report"]
