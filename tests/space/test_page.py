@@ -280,7 +280,7 @@ def test_cancelling_stops_the_work(visit, scan, space):
 def test_another_target_chosen_during_a_run_is_for_the_next_one(visit, scan):
     page = visit()
     page.upload("#scan", scan)
-    page.synthesize("T1-weighted MRI", steps=100, samples=2)
+    page.synthesize("T1-weighted MRI", steps=40, samples=2)
     page.wait(lambda: "slice" in page.text("#progress"), "the synthesis to begin")
     first, second = page.all("#targets input[type=checkbox]")[:2]
     first.click()
