@@ -278,6 +278,17 @@ def test_baselines_stand_beside(tmp_path, records):
     assert lines[0][4].startswith("0.65 (") and lines[1][4].startswith("0.25 (0.25 to 0.25)")
 
 
+def test_runs_of_one_name_keep_their_own_lines(tmp_path, records, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a relative folder of one part is written just as its name
+    mine = finish(tmp_path / "mine", records, baseline="copy")
+    worse = [{**one, "metrics": {"ssim_frame": 0.25, "mae_frame": 9.0}} for one in records]
+    finish(tmp_path / "copy", worse, baseline="copy")
+    said = write_report(mine, beside=["copy"])
+    lines = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| brain/T1-T2")]
+    assert [line[1] for line in lines[:2]] == ["copy", "copy (2)"]
+    assert lines[0][4].startswith("0.65 (") and lines[1][4].startswith("0.25 (")
+
+
 def test_what_cannot_be_compared_does_not_stand_beside(tmp_path, records):
     mine = finish(tmp_path / "mine", records)
     fewer = finish(tmp_path / "fewer", records[:-1])

@@ -244,6 +244,8 @@ def evaluate(
     with processes.main_process_first():
         claim_folder(output, arguments)
     with sole_user(output) if processes.is_main_process else nullcontext():
+        # Nobody writes before the lock is held: where it is refused, the other processes end here with the first.
+        processes.wait_for_everyone()
         # 2. The cases, every n-th in each process.
         if not (output / CASES).exists():
             if baseline == "mapping":

@@ -319,7 +319,11 @@ def write_report(output: str | Path, beside: Iterable[str | Path] = ()) -> str:
     for folder in beside:
         other = read_summary(folder)
         _check_comparable(output, summary, Path(folder), other)
-        runs[Path(folder).name if Path(folder).name not in runs else str(folder)] = other
+        # A relative folder may be written just as the run's own title is; none may take the place of another.
+        name, number = Path(folder).name, 2
+        while name in runs:
+            name, number = f"{Path(folder).name} ({number})", number + 1
+        runs[name] = other
     tables = _tables(runs)
     shared = dict.fromkeys(own["route"] for own in summary["routes"].values() if own["route"] in PAPER_SSIM)
     paper = [[route, *map("{:.2f}".format, PAPER_SSIM[route])] for route in shared]
