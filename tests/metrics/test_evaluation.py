@@ -273,16 +273,20 @@ def test_each_process_takes_every_nth_case(whole, run, tmp_path, monkeypatch):
         is_main_process = property(lambda self: Place.place == 0)
 
         def wait_for_everyone(self):
-            if self.is_main_process:
+            waits.append(Place.place)
+            if waits == [0]:  # with the lock in hand, before any case
+                assert not list((tmp_path / "two").rglob("*.jsonl"))
+            elif self.is_main_process:
                 parts.update(path.name for path in (tmp_path / "two" / "parts").glob("*.jsonl"))
                 assert parts == {"000000.jsonl", "000002.jsonl"}
                 Place.place = 1
                 run("two")
                 Place.place = 0
 
-    parts = set()
+    parts, waits = set(), []
     monkeypatch.setattr(evaluation, "Accelerator", Place)
     assert contents(run("two")) == contents(whole)
+    assert waits == [0, 0, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
