@@ -588,7 +588,8 @@ def evaluate(
         Path,
         typer.Option(
             help="Folder to write cases.jsonl, summary.json, report.html and model-index.yml to. A run that was "
-            "interrupted goes on where it stopped."
+            "interrupted goes on where it stopped. cases.jsonl names cases as their folders are called; no other file "
+            "does."
         ),
     ],
     data_dir: Scans = None,
@@ -615,7 +616,10 @@ def evaluate(
     phantom_scanner: Annotated[
         Scanner, typer.Option(help="Of simulated patients: usual, or unseen, machines outside of the training's range.")
     ] = Scanner.usual,
-    level: Annotated[Level, typer.Option(help="Judge slices in 2D, or volumes in 3D.")] = Level.slice,
+    level: Annotated[
+        Level,
+        typer.Option(help="Judge the slices that show enough of the patient, in 2D, or volumes of all slices, in 3D."),
+    ] = Level.slice,
     protocol: Annotated[
         str,
         typer.Option(

@@ -77,7 +77,7 @@ def test_the_window_of_mr_is_that_of_the_whole_volume(image_processor, off):
     # MR has no absolute scale: the same scan in other arbitrary units has the same error.
     (louder,) = case_ceiling(off(0.01), image_processor, {"T1": 10 * volume}, chosen=[0])
     assert louder["metrics"]["mae_au_frame"] == pytest.approx(record["metrics"]["mae_au_frame"], rel=1e-3)
-    assert louder["protocol"] == record["protocol"] and record["protocol"]["scale"] == [0, 1000]
+    assert louder["protocol"] == record["protocol"] and record["protocol"]["range"] == [0, 1000]
 
 
 def test_records_of_unlike_stamps_are_not_averaged(image_processor, off, hounsfield):

@@ -25,7 +25,7 @@ def evaluation(tmp_path):
     def evaluation(name, records):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "summary.json").write_text('{"routes": {}}')
+        (folder / "summary.json").write_text('{"arguments": {}, "routes": {}}')
         (folder / "cases.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
         return folder
 

@@ -171,11 +171,12 @@ def test_records_of_a_stamp_have_the_same_names(protocol, modality):
     """However little an image shows, no figure vanishes: it is None, with the reason."""
     prediction, reference, mask = pair(20, 40, 40)
     prediction, reference = as_modality(prediction, modality), as_modality(reference, modality)
-    full = without_nothing(evaluate_case(prediction, reference, mask, protocol, modality))
-    empty = without_nothing(evaluate_case(prediction, reference, mask & False, protocol, modality))
-    flat = without_nothing(
-        evaluate_case(prediction, np.full_like(reference, reference.min()), mask, protocol, modality)
-    )
+    options = {"protocol": protocol, "modality": modality}
+    if modality in ("MRI", "T1") and protocol != "brats":
+        options["window"] = (0, 2000)  # otherwise its errors have no unit
+    full = without_nothing(evaluate_case(prediction, reference, mask, **options))
+    empty = without_nothing(evaluate_case(prediction, reference, mask & False, **options))
+    flat = without_nothing(evaluate_case(prediction, np.full_like(reference, reference.min()), mask, **options))
     assert full["metrics"].keys() == empty["metrics"].keys() == flat["metrics"].keys()
     assert full["protocol"] == empty["protocol"] == flat["protocol"]
     assert full["undefined"].keys() <= {"ms_ssim_u8_frame"}  # which needs 112 pixels a side
@@ -238,8 +239,52 @@ def test_slices_of_mr_are_on_the_scale_of_their_volume():
     common = [evaluate_case(prediction[z], reference[z], mask[z], modality="T1", window=(0, 2000)) for z in (2, 10)]
     assert [record["measured"]["range"] for record in common] == [[0, 2000]] * 2
     check_same_protocol(common)
-    with pytest.raises(ValueError, match="range: '0 to the 99.5th percentile.*window of the volume"):
+    with pytest.raises(ValueError, match="range: '0 to the 99.5th percentile.*0.0, 2000.0"):
         check_same_protocol([own[0], common[0]])
+
+
+@pytest.mark.parametrize("protocol", ["synthrad2023", "synthrad2025", "paper_frame"])
+def test_errors_of_mr_need_a_scale(protocol):
+    """The same scan a hundred times as bright has the same SSIM and PSNR, and other errors in arbitrary units."""
+    prediction, reference, mask = pair(20, 40, 40)
+    prediction, reference = as_modality(prediction, "T1"), as_modality(reference, "T1")
+    options = {"mask": mask, "protocol": protocol, "modality": "T1"}
+    bright = {"prediction": 100 * prediction, "reference": 100 * reference}
+    own = [evaluate_case(prediction, reference, **options), evaluate_case(**bright, **options)]
+    found = average(own)
+    errors = {name for name in own[0]["metrics"] if name.startswith(("mae_", "rmse_")) and "_u8_" not in name}
+    assert (
+        errors and {name for name, value in found["metrics"].items() if value is None} - {"ms_ssim_u8_frame"} == errors
+    )
+    assert all("MR has no absolute scale" in own[0]["undefined"][name] for name in errors)
+    assert found["metrics"]["psnr_au_mask"] == pytest.approx(own[0]["metrics"]["psnr_au_mask"], rel=1e-5)
+    # On a stated scale they are defined, and unlike scales are not mixed.
+    stated = [
+        evaluate_case(prediction, reference, window=(0, 2000), **options),
+        evaluate_case(**bright, window=(0, 200000), **options),
+    ]
+    for name in errors:
+        assert stated[1]["metrics"][name] == pytest.approx(100 * stated[0]["metrics"][name], rel=1e-5)
+    for refuse in (check_same_protocol, average):
+        with pytest.raises(ValueError, match=r"range: \[0.0, 2000.0\] and \[0.0, 200000.0\]"):
+            refuse(stated)
+
+
+def test_the_body_of_a_slice_of_mr_is_found_on_the_scale_of_its_volume():
+    """Beyond the patient a slice holds noise alone, most of which is above 5 % of its own maximum."""
+    noise = np.abs(np.random.default_rng(0).normal(0, 10, (40, 40)))
+    assert evaluate_case(noise, noise, modality="T1")["measured"]["voxels"] > 1000
+    record = evaluate_case(noise, noise, modality="T1", window=(0, 1000))
+    assert record["measured"]["voxels"] == 0
+    assert record["protocol"]["area"].startswith("body: reference above 5 % of the range's high end")
+
+
+def test_a_stamp_says_what_is_left_out():
+    prediction, reference, mask = pair(20, 40, 40)
+    for protocol in PROTOCOLS:
+        stamp = evaluate_case(prediction + 2e3, reference + 2e3, mask, protocol, MODALITY.get(protocol, "CT"))
+        said = " ".join(map(str, stamp["protocol"].values()))
+        assert "infinite" in said and "one value" in said
 
 
 def test_volumes_are_compared_where_they_lie():
@@ -338,7 +383,7 @@ def test_a_change_of_definition_is_another_stamp(monkeypatch):
     images = pair(20, 40, 40)
     before = evaluate_case(*images)
     monkeypatch.setattr(protocols, "VERSION", protocols.VERSION + 1)
-    with pytest.raises(ValueError, match="library: 'synermedgen_hf.metrics 3' and 'synermedgen_hf.metrics 4'"):
+    with pytest.raises(ValueError, match="library: 'synermedgen_hf.metrics 4' and 'synermedgen_hf.metrics 5'"):
         check_same_protocol([before, evaluate_case(*images)])
 
 

@@ -55,7 +55,7 @@ def finish(folder, records, **arguments):
     """A folder as an evaluation leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {**ARGUMENTS, **arguments}
-    write_summary(folder, lambda: iter(map(dict, records)), arguments, {"found": 9, "without slices": 2})
+    write_summary(folder, lambda: iter(map(dict, records)), arguments, {"found": 9, "without slices": 2, "repaired": 3})
     lines = [json.dumps({name: value for name, value in one.items() if name != "picture"}) for one in records]
     (folder / "cases.jsonl").write_text("".join(line + "\n" for line in lines))
     return folder
@@ -170,7 +170,7 @@ def test_best_median_and_worst(tmp_path, metric, best, worst):
     records = [record(case=f"{value}", picture=pictures[value], **{metric: value}) for value in values]
     shown = read_summary(finish(tmp_path, records))["routes"]["brain/T1-T2"]["pictures"]
     assert {place: one["value"] for place, one in shown.items()} == {"best": best, "median": 0.45, "worst": worst}
-    assert shown["best"]["case"] == f"made/{best}"
+    assert shown["best"]["line"] == values.index(best) + 1  # of cases.jsonl
     for place, one in shown.items():
         drawn = (tmp_path / "pictures" / f"brain_T1-T2-{place}.png").read_bytes()
         assert drawn == base64.b64decode(pictures[one["value"]])
@@ -285,7 +285,7 @@ def test_runs_of_one_name_keep_their_own_lines(tmp_path, records, monkeypatch):
     finish(tmp_path / "copy", worse, baseline="copy")
     said = write_report(mine, beside=["copy"])
     lines = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| brain/T1-T2")]
-    assert [line[1] for line in lines[:2]] == ["copy", "copy (2)"]
+    assert [line[1] for line in lines[:2]] == ["copy", f"{tmp_path.name}/copy"]
     assert lines[0][4].startswith("0.65 (") and lines[1][4].startswith("0.25 (")
 
 

@@ -459,5 +459,5 @@ def test_files_that_are_not_of_a_run_stay(tmp_path):
 def test_a_damaged_line_is_said(tmp_path):
     resume_cases(tmp_path, ARGUMENTS)
     (tmp_path / "cases.jsonl").write_text('{"index": 0}\nno json\n')
-    with pytest.raises(ValueError, match="cases.jsonl is damaged"):
+    with pytest.raises(ValueError, match="cases.jsonl, line 2, is damaged.*Remove the file to ask again"):
         resume_cases(tmp_path, ARGUMENTS)

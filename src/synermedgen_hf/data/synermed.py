@@ -281,12 +281,12 @@ def phantom_records(split: str, count: int, scanner: str = "usual") -> list[Case
     ]
 
 
-def load_phantom_case(record: CaseRecord, num_slices: int | None, size: int) -> LoadedCase:
+def load_phantom_case(record: CaseRecord, num_slices: int | None, size: int, min_share: float = 0.02) -> LoadedCase:
     """A simulated patient in the form of [`load_case`]."""
     protocol, _, scanner = record.dataset.removeprefix("phantom-").partition("-")
     seed = int(record.case_id.rsplit("-", 1)[1])
     case = simulate_volume(record.region, protocol, seed, size, num_slices, scanner=scanner or "usual")
-    usable = np.flatnonzero(case.mask.mean((1, 2)) >= 0.02)
+    usable = np.flatnonzero(case.mask.mean((1, 2)) >= min_share)
     windows = measure_windows(case.images)
     return LoadedCase(record, case.images, case.mask, case.lesion, case.spacing, windows, usable)
 
@@ -405,7 +405,7 @@ class SynerMed(datasets.GeneratorBasedBuilder):
         """A case, or `None` with a line in the report."""
         config = self.config
         if any(config.phantom_cases):
-            return load_phantom_case(record, config.phantom_slices, config.phantom_size)
+            return load_phantom_case(record, config.phantom_slices, config.phantom_size, config.min_share)
         try:
             case = load_case(record, config.min_share)
             if len(case.usable) == 0:

@@ -25,7 +25,7 @@ from ..data.synermed import phantom_records
 from ..hub import check_folder
 from ..image_processing_synermedgen import SynerMedGenImageProcessor, set_codec
 from ..loading_synermedgen import weights_checksum
-from .protocols import PROTOCOLS, VERSION, check_same_protocol, evaluate_case
+from .protocols import PROTOCOLS, VERSION, check_same_protocol, evaluate_case, scale_of_mr
 from .runs import CASES, PHANTOM_SIZE, PHANTOM_SLICES, claim_folder, read_records, sole_user
 
 
@@ -114,7 +114,7 @@ def case_ceiling(
         # A slice of MR is judged on the scale of its volume; of the others the protocol knows the range.
         judged = _judge(made, wanted, own, modality, protocol, scale, spec["unit"])
         if scale is not None:
-            judged["protocol"]["scale"] = list(scale)
+            judged["protocol"]["scale"] = scale_of_mr(spec["percentile"])
         records.append({"modality": modality, "slices": len(wanted), **judged})
     return records
 

@@ -10,8 +10,10 @@ import numpy as np
 from ..data.splits import write_whole
 from .protocols import check_same_protocol
 from .report import group_of, lower_is_better, markdown_table, name_groups, read_summary
-from .runs import CASES, name_of
+from .runs import CASES, name_of, read_line
 from .statistics import correct_p_values, interval_of_mean, paired_p_value
+
+KEYS = ("dataset", "case_id", "route", "slice_index", "patient", "protocol", "metrics", "measured")
 
 
 def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: int = 0) -> dict:
@@ -28,46 +30,42 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         several) and metric `n` cases and `patients` on which both are defined, the mean of `first` and of `second`, the
         mean `difference` (first minus second), its `interval` over patients, the `difference of patients`, in which
         each patient counts the same, `p` of Wilcoxon's signed-rank test on the latter's terms, and `q`, the same
-        corrected for testing the metric on all routes, in whatever unit (Benjamini and Hochberg).
+        corrected for testing the metric on all routes, in whatever unit, and whether inside masks or bodies (Benjamini
+        and Hochberg).
 
     Raises:
         `FileNotFoundError`: A folder holds no finished evaluation.
-        `ValueError`: A case is in one of them only or is another scan there, or the protocols differ.
+        `ValueError`: A case is in one of them only or is another scan there, the protocols differ, or a line is
+            damaged or of something else.
     """
     for folder in (first, second):
         read_summary(folder)
-    one, other = ({name_of(record): record for record in read_cases(folder)} for folder in (first, second))
-    for folder, lacking, having in ((first, other, one), (second, one, other)):
-        if absent := [name for name in lacking if name not in having]:
-            shown = "; ".join(" ".join(str(part) for part in name if part is not None) for name in absent[:5])
-            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-            raise ValueError(f"{folder} lacks {len(absent)} cases that the other evaluation has: {shown}{more}.")
     groups: dict[tuple[str, str], dict] = {}
-    values: dict[tuple[str, str], dict[str, list]] = {}
-    for name, record in one.items():
-        if record["protocol"] != other[name]["protocol"]:
-            check_same_protocol([record, other[name]])
-        if (here := record["measured"]) != (there := other[name]["measured"]):
+    values: dict[tuple[str, str], dict[str, _Pairs]] = {}
+    for record, partner in _in_pairs(first, second):
+        check_same_protocol([record, partner])
+        if (here := record["measured"]) != (there := partner["measured"]):
             unlike = [f"{key} {here[key]} and {there.get(key)}" for key in here if here[key] != there.get(key)]
             raise ValueError(
-                f"{' '.join(str(part) for part in name if part is not None)} was not measured alike in both "
-                f"evaluations, another scan or another window: {'; '.join(unlike)}."
+                f"{_shown(name_of(record))} was not measured alike in both evaluations, another scan or another "
+                f"window: {'; '.join(unlike)}."
             )
-        groups.setdefault(group_of(record), record)
+        group = group_of(record)
+        groups.setdefault(group, record)
         for metric, value in record["metrics"].items():
-            paired = other[name]["metrics"].get(metric)
+            paired = partner["metrics"].get(metric)
             if value is not None and paired is not None:
-                of_route = values.setdefault(group_of(record), {}).setdefault(metric, [])
-                of_route.append((record["patient"], value, paired))
+                values.setdefault(group, {}).setdefault(metric, _Pairs()).add(record["patient"], value, paired)
     labels = dict(zip(groups, name_groups(groups.values()), strict=True))
     routes = {
-        labels[group]: {metric: _paired(cases, bootstrap, seed) for metric, cases in metrics.items()}
+        labels[group]: {metric: pairs.figures(bootstrap, seed) for metric, pairs in metrics.items()}
         for group, metrics in values.items()
     }
     families: dict[str, list[dict]] = {}
     for metrics in routes.values():
         for metric, found in metrics.items():
-            families.setdefault(re.sub(r"_(hu|suv|au)(?=_|$)", "", metric), []).append(found)
+            # Whatever the unit, and whether a mask was given or the body found.
+            families.setdefault(re.sub(r"_(hu|suv|au)(?=_|$)|_(mask|body)$", "", metric), []).append(found)
     for family in families.values():
         correct_p_values(family)
     return {"first": str(first), "second": str(second), "bootstrap": bootstrap, "routes": routes}
@@ -79,27 +77,74 @@ def write_comparison(file: Path, found: dict):
 
 
 def read_cases(folder: str | Path) -> Iterator[dict]:
-    """The records of a finished evaluation, one at a time."""
-    with open(Path(folder) / CASES, encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    """
+    The records of a finished evaluation, one at a time.
+
+    Raises:
+        `ValueError`: A line is damaged: it says which.
+    """
+    with open(Path(folder) / CASES, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield read_line(line, Path(folder) / CASES, number)
 
 
-def _paired(cases: list[tuple[str, float, float]], bootstrap: int, seed: int) -> dict:
-    names, first, second = zip(*cases, strict=True)
-    patients, number = np.unique(names, return_inverse=True)
-    differences = np.subtract(first, second)
-    counts = np.bincount(number)
-    sums = np.bincount(number, weights=differences)
-    return {
-        "n": len(cases),
-        "patients": len(patients),
-        "first": float(np.mean(first)),
-        "second": float(np.mean(second)),
-        "difference": float(np.mean(differences)),
-        "interval": interval_of_mean(sums, counts, bootstrap, seed),
-        "difference of patients": float(np.mean(sums / counts)),
-        "p": paired_p_value(sums / counts),
-    }
+def _places(folder: str | Path) -> dict[tuple, int]:
+    """Where in its file the record of each name begins: names fit into memory where records might not."""
+    file, places, offset = Path(folder) / CASES, {}, 0
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            record = read_line(line, file, number)
+            if lacking := [key for key in KEYS if key not in record]:
+                raise ValueError(f"{file}, line {number}, is no record of a synthesis: it lacks {', '.join(lacking)}.")
+            if (name := name_of(record)) in places:
+                raise ValueError(f"{file}, line {number}: {_shown(name)} has been there before.")
+            places[name] = offset
+            offset += len(line)
+    return places
+
+
+def _in_pairs(first: str | Path, second: str | Path) -> Iterator[tuple[dict, dict]]:
+    """The records of each name, in the order of the first; all of them are in both."""
+    one, other = _places(first), _places(second)
+    for folder, own, wanted in ((first, one, other), (second, other, one)):
+        if absent := [name for name in wanted if name not in own]:
+            shown = "; ".join(map(_shown, absent[:5]))
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            raise ValueError(f"{folder} lacks {len(absent)} cases that the other evaluation has: {shown}{more}.")
+    with open(Path(second) / CASES, "rb") as lines:
+        for record in read_cases(first):
+            lines.seek(other[name_of(record)])
+            yield record, json.loads(lines.readline())
+
+
+def _shown(name: tuple) -> str:
+    return " ".join(str(part) for part in name if part is not None)
+
+
+class _Pairs:
+    """Sums over the cases of each patient of what one metric is in both evaluations."""
+
+    def __init__(self):
+        self.patients: dict[str, list[float]] = {}
+
+    def add(self, patient: str, first: float, second: float):
+        sums = self.patients.setdefault(patient, [0, 0.0, 0.0, 0.0])
+        for place, value in enumerate((1, first, second, first - second)):
+            sums[place] += value
+
+    def figures(self, bootstrap: int, seed: int) -> dict:
+        counts, first, second, differences = np.array([self.patients[name] for name in sorted(self.patients)]).T
+        number = counts.sum()
+        return {
+            "n": int(number),
+            "patients": len(counts),
+            "first": float(first.sum() / number),
+            "second": float(second.sum() / number),
+            "difference": float(differences.sum() / number),
+            "interval": interval_of_mean(differences, counts, bootstrap, seed),
+            "difference of patients": float(np.mean(differences / counts)),
+            "p": paired_p_value(differences / counts),
+        }
 
 
 def comparison_table(found: dict) -> str:

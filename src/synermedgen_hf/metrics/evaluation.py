@@ -34,10 +34,10 @@ from .. import model_source
 from ..data.latents import window_for
 from ..data.pairs import PAIR_FEATURES
 from ..data.routes import ROUTES, Route
-from ..data.splits import hash_unit, write_whole
+from ..data.splits import hash_unit, read_report, write_whole
 from ..data.synermed import phantom_records
 from ..hub import as_dtype, check_folder, load_vae
-from ..image_processing_synermedgen import SMALLEST_SIDE
+from ..image_processing_synermedgen import SMALLEST_SIDE, SynerMedGenImageProcessor
 from ..loading_synermedgen import weights_checksum
 from ..pipeline_synermedgen import SynerMedGenPipeline
 from .baselines import (
@@ -52,12 +52,13 @@ from .baselines import (
     route_of,
     true_target,
 )
-from .protocols import VERSION, evaluate_case
+from .protocols import VERSION, evaluate_case, scale_of_mr
 from .report import draw_strip, keep_pictures, read_summary, write_report, write_summary
 from .runs import CASES, PHANTOM_SIZE, claim_folder, name_of, read_records, sole_user
 
 logger = logging.get_logger(__name__)
 
+WINDOWS = SynerMedGenImageProcessor().intensity  # by which a data set measures those of its volumes
 PARTS, MAPPING = "parts", "mapping.json"
 BASELINES, LEVELS = ("copy", "mapping", "ceiling"), ("slice", "volume")
 Predict = Callable[[list[dict], list[int]], list[np.ndarray]]
@@ -92,7 +93,10 @@ def evaluate(
     Evaluate a model or a baseline, in every process of a launch.
 
     Args:
-        output (`str` or `Path`): Folder of this evaluation; the same arguments go on where it was interrupted.
+        output (`str` or `Path`): Folder of this evaluation; the same arguments go on where it was interrupted. Batch
+            size, number of processes, device and versions of libraries are not among them: last digits depend on them,
+            so an evaluation to be published is best made with one of each. `cases.jsonl` names the cases as the data
+            set does, for bare folders by the folder's name; no other file does.
         data_dir (`str` or `Path`, *optional*): Scans, as for `load_dataset("synermed")`.
         phantom_cases (`int`, *optional*): Instead of scans, so many simulated patients of each protocol.
         model (`str` or `Path`, *optional*): Pipeline; by default the bundled weights. Of a baseline only its processor
@@ -106,8 +110,8 @@ def evaluate(
         phantom_slices, phantom_size (`int`): Axial slices of a simulated patient (by default the whole region), and
             pixels of the longer side.
         phantom_scanner (`str`, defaults to `"usual"`): Or `"unseen"`, machines outside the range of the training data.
-        level (`str`, defaults to `"slice"`): `"slice"` judges each slice in 2D, `"volume"` the slices of a case and
-            route put back together, in 3D. There, one seed makes all slices.
+        level (`str`, defaults to `"slice"`): `"slice"` judges each slice in 2D that shows enough of the patient,
+            `"volume"` all slices of a case and route put back together, in 3D. There, one seed makes all slices.
         protocol (`str`, defaults to `"synthrad2023"`): See [`~synermedgen_hf.metrics.protocols.evaluate_case`].
             `"brats"` judges volumes alone.
         samples (`int`, defaults to 1): Mean of so many syntheses, of seeds that follow one another.
@@ -125,8 +129,9 @@ def evaluate(
         `str`: The tables of the report; `None` in all processes but the first.
 
     Raises:
-        `ValueError`: An argument cannot be used, a route was not trained for, or the folder holds another evaluation:
-            said before any synthesis. A prediction that is not finite is named.
+        `ValueError`: An argument cannot be used, a route was not trained for, the folder holds another evaluation, or
+            what is to stand beside was asked in another way: said before any synthesis. Other scans under the same
+            names are told apart afterwards, by their grids and masks. A prediction that is not finite is named.
     """
     if (data_dir is None) == (phantom_cases is None):
         raise ValueError("Pass either --data-dir or --phantom-cases.")
@@ -168,11 +173,7 @@ def evaluate(
     if level == "volume" and slice_step != 1:
         raise ValueError("A volume needs all of its slices: leave --slice-step out, or judge slices.")
     beside = list(beside)
-    for other in beside:
-        asked = read_summary(other)["arguments"]
-        here = {"protocol": protocol, "level": level, "split": split}
-        if unlike := [f"{name} {asked[name]} (here {value})" for name, value in here.items() if asked[name] != value]:
-            raise ValueError(f"{other} cannot stand beside this evaluation: {', '.join(unlike)}.")
+    others = {str(other): read_summary(other)["arguments"] for other in beside}
     # A case may take hours, and whoever is done first waits for the others.
     processes = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
@@ -198,6 +199,8 @@ def evaluate(
     if phantom_scanner != "usual":
         options |= {"phantom_scanner": phantom_scanner}
     options |= {"slice_step": slice_step}
+    if level == "volume":
+        options |= {"min_share": 0.0}  # all slices of a case, as challenges judge it, those beyond the patient too
     with processes.main_process_first():
         builder, names = _open_pairs(options, list(routes), known)
     if phantom_slices is not None and phantom_slices < SMALLEST_SIDE:
@@ -214,6 +217,12 @@ def evaluate(
     blank = np.zeros((32, 32), np.float32)
     for target in sorted(targets):
         evaluate_case(blank, blank, protocol=protocol, modality=target)  # says if the two do not go together
+    same = {"metrics": VERSION, "protocol": protocol, "level": level, "split": split, "slice_step": slice_step}
+    same |= {"phantom_cases": phantom_cases, **asked, **_scales(codec.intensity, targets)}
+    for other, told in others.items():
+        told = {**simulated, **told, **_scales(told["codec"]["intensity"], targets)}
+        if unlike := [f"{name} {told.get(name)} (here {own})" for name, own in same.items() if told.get(name) != own]:
+            raise ValueError(f"{other} cannot stand beside this evaluation: {', '.join(unlike)}.")
     arguments = {
         "metrics": VERSION,
         **options,
@@ -250,8 +259,10 @@ def evaluate(
         if not (output / CASES).exists():
             if baseline == "mapping":
                 with processes.main_process_first():
-                    # On scanners of the training, whatever those are that are evaluated.
-                    usual = {name: value for name, value in options.items() if name != "phantom_scanner"}
+                    # On scanners and slices as in training, whatever is evaluated.
+                    usual = {
+                        name: value for name, value in options.items() if name not in ("phantom_scanner", "min_share")
+                    }
                     training = builder if usual == options else _open_pairs(usual, list(routes), known)[0]
                     predict = IntensityMapping(codec, _fit(output, training, codec, names))
             judge = Judge(predict, codec, protocol, level, batch_size, seed)
@@ -268,6 +279,12 @@ def evaluate(
         if not (output / CASES).exists():
             _gather(output, rows.num_shards, arguments, builder.report_file)
         return write_report(output, beside)
+
+
+def _scales(intensity: dict[str, dict], targets: set[str]) -> dict[str, float]:
+    """Where a codec puts the window of each MR that is made."""
+    known = {target: intensity.get(target, {}).get("reference_high") for target in sorted(targets)}
+    return {f"scale of {target}": high for target, high in known.items() if high is not None}
 
 
 def _open_pairs(options: dict, asked: list[str], known: list[str]) -> tuple[object, list[str]]:
@@ -428,8 +445,6 @@ class Judge:
         Args:
             unit (`list[dict]`): Rows of one case and route, pictures not decoded.
         """
-        if self.level == "volume":
-            _check_whole(unit)
         identities = self.identities(unit)
         for identity in identities:
             identity["seed"] = int(hash_unit(self.seed, *name_of(identity)) * 2**48)
@@ -461,14 +476,15 @@ class Judge:
                     protocol=self.protocol,
                     modality=modality,
                     spacing=tuple(rows[0]["spacing"][-one.ndim :]),
-                    # Slices of MR need the window of their volume; a volume and HU and SUV have their protocol's own.
-                    window=scale if self.level == "slice" else None,
+                    # MR is judged on the codec's scale, where its window is known. HU and SUV have their protocol's
+                    # own range, and so has all of BraTS's.
+                    window=None if self.protocol == "brats" else scale,
                 )
             except ValueError as error:
                 where = " ".join(str(part) for part in name_of(identity) if part is not None)
                 raise ValueError(f"{where} cannot be judged: {error}") from error
-            if scale is not None:  # errors in arbitrary units are of this scale
-                judged["protocol"]["scale"] = list(scale)
+            if scale is not None:
+                judged["protocol"]["scale"] = scale_of_mr(WINDOWS[modality]["percentile"])
             records.append({**identity, **judged, "picture": draw_strip(*picture, self.codec)})
         return records
 
@@ -479,19 +495,6 @@ def _check_finite(prediction: np.ndarray, row: dict):
             f"{row['dataset']}/{row['case_id']}, {route_of(row)}, slice {row['slice_index']}: of the prediction's "
             f"{prediction.size} values {bad} are NaN or infinite. Half precision overflows easily: try --dtype float32 "
             "or bfloat16 in another folder. What was evaluated so far is kept."
-        )
-
-
-class NoVolume(ValueError):
-    """The slices of a case that can be used do not make a volume."""
-
-
-def _check_whole(rows: list[dict]):
-    places = [row["slice_index"] for row in rows]
-    if places != list(range(places[0], places[0] + len(places))):
-        raise NoVolume(
-            f"{rows[0]['dataset']}/{rows[0]['case_id']}: the usable slices {places[0]} to {places[-1]} have gaps, so "
-            "they are no volume, and the case is left out. Its slices can be judged (--level slice) in another folder."
         )
 
 
@@ -519,11 +522,7 @@ def judge_case(judge: Judge, rows: IterableDataset, names: list[str], part: Path
         for unit in judge.units(rows.decode(False)):
             # A batch is the same as ever or it is not made: with others in it, last digits would be others.
             if not all(name_of(identity) in done for identity in judge.identities(unit)):
-                try:
-                    records = judge(unit)
-                except NoVolume as reason:
-                    logger.warning(str(reason))
-                    continue
+                records = judge(unit)
                 file.write("".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records))
                 file.flush()
                 done |= {name_of(record): record for record in records}
@@ -544,10 +543,7 @@ def _gather(output: Path, count: int, arguments: dict, report: Path):
         )
 
     if empty := sum(part.stat().st_size == 0 for part in parts):
-        logger.warning(
-            f"{empty} of {count} cases gave nothing to judge; what could not be read is in {report}, and volumes with "
-            "gaps are named above."
-        )
+        logger.warning(f"{empty} of {count} cases gave nothing to judge; what could not be read is in {report}.")
 
     def records() -> Iterator[dict]:
         return chain.from_iterable(map(read_records, parts))
@@ -555,7 +551,12 @@ def _gather(output: Path, count: int, arguments: dict, report: Path):
     shown = {record["route"] for record in records()}
     if unseen := [route for route in arguments["routes"] if route not in shown]:
         logger.warning(f"No case of the split {arguments['split']} shows {', '.join(unseen)}.")
-    write_summary(output, records, arguments, {"found": count, "without slices": empty, "routes without cases": unseen})
+    judged = {f"{record['dataset']}/{record['case_id']}" for record in records()}
+    repaired = {problem.case for problem in read_report(report) if problem.kind == "repaired"} & judged
+    if repaired:
+        logger.warning(f"{len(repaired)} of {count} cases were repaired before they were judged; how is in {report}.")
+    cases = {"found": count, "without slices": empty, "repaired": len(repaired), "routes without cases": unseen}
+    write_summary(output, records, arguments, cases)
     unfinished = output / f"{CASES}.{os.getpid()}.tmp"
     with open(unfinished, "w", encoding="utf-8") as file:
         for record in records():

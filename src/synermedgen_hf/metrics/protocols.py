@@ -24,13 +24,13 @@ from .intensity import finite_psnr, mae, mse, rmse
 from .similarity import ms_ssim, ms_ssim_synthrad2025, ssim
 
 # Raised when a definition here changes a number: stamps of before and after are then unlike.
-VERSION = 3
+VERSION = 4
 
 UNITS = {"CT": "HU", "CBCT": "HU", "PET": "SUV"}  # MR is in arbitrary units
 PET_RANGE = (0.0, 20.0)  # SUV, the window of the image processor
 MR_PERCENTILE = 99.5
 BODY_ABOVE = {"CT": -400.0, "CBCT": -400.0, "PET": 0.1}  # HU, SUV
-BODY_SHARE = 0.05  # of MR's 99.5th percentile
+BODY_SHARE = 0.05  # of the high end of MR's range
 BODY_PART = 0.1  # of the largest part's voxels: arms and legs beside a trunk are kept, specks are not
 
 
@@ -101,8 +101,8 @@ def evaluate_case(
             scanner units (HU, SUV, MR as it comes) on one grid. A volume is turned to `(slices, rows, columns)`
             along its coarsest axis. An image is compared in 2D, a volume in 3D.
         mask (array-like or [`Volume`], *optional*): Where to compare, on the same grid. By default the body: what the
-            reference shows above -400 HU, 0.1 SUV, or 5 % of MR's 99.5th percentile, in parts of at least a tenth of
-            the largest one, holes filled slice by slice. A couch may be among the parts: a mask is better.
+            reference shows above -400 HU, 0.1 SUV, or 5 % of the high end of MR's range, in parts of at least a tenth
+            of the largest one, holes filled slice by slice. A couch may be among the parts: a mask is better.
         protocol (`str`, defaults to `"synthrad2023"`):
 
             - `"synthrad2023"`: the challenge's. MAE unclipped in the mask; PSNR and SSIM clipped to [-1024, 3000] HU.
@@ -118,8 +118,10 @@ def evaluate_case(
         modality (`str`, *optional*): `T1`, `T1CE`, `T2`, `FLAIR`, `MRI`, `CT`, `CBCT` or `PET`; by default what a
             [`Volume`] says of itself, or CT.
         spacing (`tuple[float, ...]`, *optional*): mm along each axis, kept with the result. Volumes know theirs.
-        window (`tuple[float, float]`, *optional*): Instead of the protocol's range. Slices of MR need that of their
-            volume, otherwise each is measured on a scale of its own.
+        window (`tuple[float, float]`, *optional*): Instead of the protocol's range. MR has no absolute scale: bring
+            both images to one, such as 1000 at the 99.5th percentile of the reference's volume, and pass
+            `(0.0, 1000.0)`. Without, each image or volume is measured on a scale of its own, and its errors in
+            arbitrary units are not defined.
 
     Returns:
         `dict`: Of what JSON can hold.
@@ -152,14 +154,16 @@ def evaluate_case(
     prediction, reference, mask, spacing = _on_one_grid(prediction, reference, mask, spacing)
 
     given = mask is not None
-    area = mask if given else find_body(reference, modality)
     rule, measured = _range(chosen, reference, modality, window)
+    area = mask if given else find_body(reference, modality, window)
     unit = UNITS.get(modality, "a.u.")
     name = "mask" if given else "body"
     case = Case(prediction, reference, area, name, unit.lower().replace(".", ""), modality, measured)
     metrics, undefined = {}, {}
     for figure, compute in chosen.figures(case).items():
         try:
+            if window is None and figure.startswith(("mae", "rmse")) and "_au_" in figure:
+                raise UndefinedMetric("MR has no absolute scale: bring both images to one, and pass its window.")
             metrics[figure] = compute()
         except UndefinedMetric as reason:
             metrics[figure], undefined[figure] = None, str(reason)
@@ -180,6 +184,11 @@ def evaluate_case(
         "undefined": undefined,
         "measured": {**facts, "voxels": int(area.sum())},
     }
+
+
+def scale_of_mr(percentile: float) -> str:
+    """What the stamp says of MR that was brought to the scale of the range by a percentile of its volume above 0."""
+    return f"0 to the {percentile:g}th percentile of the volume brought to the range"
 
 
 def check_same_protocol(records: Iterable[dict]):
@@ -236,13 +245,15 @@ def average(records: Iterable[dict]) -> dict:
     }
 
 
-def find_body(reference: np.ndarray, modality: str) -> np.ndarray:
+def find_body(reference: np.ndarray, modality: str, window: tuple[float, float] | None = None) -> np.ndarray:
     """
     Where an image shows the patient, by the rule that [`evaluate_case`] states.
 
     Args:
         reference (`np.ndarray` of shape `(rows, columns)` or `(slices, rows, columns)`): In scanner units.
         modality (`str`): Tells the threshold.
+        window (`tuple[float, float]`, *optional*): Of MR, whose high end is by default measured on this image alone: a
+            slice with nothing but noise would be all body.
 
     Returns:
         `np.ndarray`: bool, of the same shape; all False where there is nothing but background.
@@ -250,8 +261,8 @@ def find_body(reference: np.ndarray, modality: str) -> np.ndarray:
     if modality in BODY_ABOVE:
         threshold = BODY_ABOVE[modality]
     else:
-        high = _foreground(reference, MR_PERCENTILE)
-        threshold = math.inf if high is None else BODY_SHARE * high[0]
+        ends = window or _foreground(reference, MR_PERCENTILE)
+        threshold = math.inf if ends is None else BODY_SHARE * ends[-1]
     parts, count = ndimage.label(reference > threshold)
     if not count:
         return np.zeros(reference.shape, bool)
@@ -396,9 +407,13 @@ def _across_slices(case: Case, unit: str, images: Callable) -> dict[str, Callabl
 
 _UNIFORM = "uniform window of 7 voxels a side, K 0.01 and 0.03, sample covariance"
 _CROP = "SSIM without the outermost 3 voxels along each axis; nothing is padded"
+_PSNR = "not defined where prediction and reference are equal, since it is infinite"
+_FLAT = "SSIM is not defined where the reference, clipped, has one value only in the area"
 _SYNTHRAD = {
     "window": "PSNR and SSIM clipped to the range; MAE and RMSE unclipped",
     "outside": "for SSIM set to the low end of the range, which windows at the rim of the area see",
+    "psnr": _PSNR,
+    "flat": _FLAT,
     "tissues": "by HU of the reference: air < -900 <= lung < -250 <= fat < -30 <= soft < 250 <= bone; Dice above "
     f"{BONE:g} HU",
 }
@@ -424,6 +439,8 @@ PROTOCOLS = {
             {
                 "window": "clipped to the range and scaled to 0..1 for all figures",
                 "outside": "as it is: SSIM windows at the rim of the area see it",
+                "psnr": _PSNR,
+                "flat": _FLAT,
                 "ssim": "Gaussian window of 11 voxels a side, sigma 1.5, K 0.01 and 0.03, population covariance",
                 "crop": "SSIM without the outermost 5 voxels along each axis; nothing is padded",
             },
@@ -497,10 +514,10 @@ def _on_one_grid(prediction, reference, mask, spacing):
 def _range(protocol: Protocol, reference: np.ndarray, modality: str, window):
     """What the stamp says of the range, and the range of this case; `None` where it would be zero."""
     if modality in UNITS:
-        low_high = window or (PET_RANGE if modality == "PET" else protocol.ct_range)
-        return list(low_high), low_high
+        window = window or (PET_RANGE if modality == "PET" else protocol.ct_range)
     if window is not None:
-        return "window of the volume, as given", window
+        # All figures of a protocol for MR alone are relative to the range, which may be another one for each case.
+        return "as given for each case" if protocol.ct_range is None else list(window), window
     if protocol.ct_range is None:
         rule, found = "0.5th to 99.5th percentile of the reference above 0", _foreground(reference, 0.5, 99.5)
     else:
@@ -525,9 +542,18 @@ def _body_rule(modality: str) -> str:
     above = (
         f"{BODY_ABOVE[modality]:g} {UNITS[modality]}"
         if modality in BODY_ABOVE
-        else f"{100 * BODY_SHARE:g} % of its {MR_PERCENTILE}th percentile"
+        else f"{100 * BODY_SHARE:g} % of the range's high end"
     )
     return f"reference above {above}, parts of at least a tenth of the largest, holes filled slice by slice"
 
 
-__all__ = ["PROTOCOLS", "Case", "Protocol", "average", "check_same_protocol", "evaluate_case", "find_body"]
+__all__ = [
+    "PROTOCOLS",
+    "Case",
+    "Protocol",
+    "average",
+    "check_same_protocol",
+    "evaluate_case",
+    "find_body",
+    "scale_of_mr",
+]

@@ -21,17 +21,19 @@ from ..data.splits import write_whole
 from ..image_processing_synermedgen import to_display
 from ..model_card import evaluation_results, last_name, subjects
 from .protocols import check_same_protocol
-from .runs import CASES, name_of
+from .runs import CASES, name_of, read_json
 from .statistics import interval_of_mean
 
 SUMMARY, REPORT, MODEL_INDEX, PICTURES = "summary.json", "report.html", "model-index.yml", "pictures"
 PLACES = ("best", "median", "worst")
+PATHS = ("data_dir", "model", "folder")  # among the arguments: a page shows their last parts alone
 SIDE, GAP = 144, 4  # pixels of a panel, and between two
 # How a modality is shown; the figures use the whole range. MR is shown over the window of its volume.
 DISPLAY = {"CT": (-300.0, 1000.0), "CBCT": (-300.0, 1000.0), "PET": (0.0, 8.0)}
 PANELS = (
     "Source, synthesis, truth, and their absolute difference. CT and CBCT from -300 to 1000 HU, PET from 0 to 8 SUV in "
-    "reversed grey, MR over the window of its volume; the difference from 0 to half of that width."
+    "reversed grey, MR over the window of its volume; the difference from 0 to half of that width. The median is the "
+    "slice nearest to it of those that are kept: the best, the middle and the worst one of each case."
 )
 LOWER_IS_BETTER = ("mae", "rmse", "mse", "error")
 
@@ -195,7 +197,7 @@ def group_of(record: dict) -> tuple[str, str]:
 
 
 class _Sums:
-    """Sums of one route for each patient, so that memory does not grow with the slices."""
+    """Sums of one route for each patient; of each slice only the value that it is ranked by is kept."""
 
     def __init__(self, first: dict):
         self.first, self.cases, self.names = first, 0, hashlib.sha256()
@@ -243,7 +245,8 @@ def write_summary(output: Path, records: Callable[[], Iterator[dict]], arguments
         output (`Path`): Folder of the evaluation.
         records (`Callable`): Gives all records from the first, each time it is called; some hold a `picture`.
         arguments (`dict`): What was asked.
-        cases (`dict`): How many were found, how many gave no slice, and the routes that none of them shows.
+        cases (`dict`): How many were found, how many gave no slice, how many were repaired by the rules of the data
+            set, and the routes that none of them shows.
 
     Raises:
         `ValueError`: There are no records.
@@ -254,20 +257,20 @@ def write_summary(output: Path, records: Callable[[], Iterator[dict]], arguments
             f"Nothing of {', '.join(arguments['routes'])} could be read and judged in the split {arguments['split']}."
         )
     labels = {group_of(own): label for label, own in routes.items()}
-    chosen: dict[tuple[str, str], tuple[float, dict]] = {}
-    for record in records():
+    chosen: dict[tuple[str, str], tuple[float, int, dict]] = {}
+    for line, record in enumerate(records(), start=1):
         rank, label = _rank(record), labels[group_of(record)]
         if "picture" not in record or rank is None:
             continue
         off = abs(record["metrics"][routes[label]["ranked_by"]] - routes[label]["median"])
         for place, distance in zip(PLACES, (-rank, off, rank), strict=True):
             if (label, place) not in chosen or distance < chosen[label, place][0]:
-                chosen[label, place] = distance, record
+                chosen[label, place] = distance, line, record
     (output / PICTURES).mkdir(exist_ok=True)
-    for (label, place), (_, record) in chosen.items():
+    for (label, place), (_, line, record) in chosen.items():
         _picture(output, label, place).write_bytes(base64.b64decode(record["picture"]))
-        shown = {"case": f"{record['dataset']}/{record['case_id']}", "slice_index": record["slice_index"]}
-        shown["value"] = record["metrics"][routes[label]["ranked_by"]]
+        # The name of a case may be that of a patient's folder, and page and summary are made to be shown.
+        shown = {"line": line, "value": record["metrics"][routes[label]["ranked_by"]]}
         routes[label].setdefault("pictures", {})[place] = shown
     summary = {"arguments": arguments, "cases": cases, "bootstrap": 1000, "routes": routes}
     write_whole(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -283,13 +286,13 @@ def read_summary(folder: str | Path) -> dict:
 
     Raises:
         `FileNotFoundError`: The folder holds no finished evaluation.
-        `ValueError`: It holds one of another kind.
+        `ValueError`: It holds one of another kind, or a damaged one.
     """
     file, cases = Path(folder) / SUMMARY, Path(folder) / CASES
     if absent := [str(path) for path in (cases, file) if not path.exists()]:
         raise FileNotFoundError(f"{folder} holds no finished evaluation: there is no {absent[0]}.")
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    if "routes" not in summary:
+    summary = read_json(file)
+    if not {"arguments", "routes"} <= summary.keys():
         raise ValueError(f"{folder} holds no evaluation of synthesis.")
     return summary
 
@@ -315,15 +318,11 @@ def write_report(output: str | Path, beside: Iterable[str | Path] = ()) -> str:
     """
     output = Path(output)
     summary = read_summary(output)
-    runs = {_title(summary["arguments"]): summary}
-    for folder in beside:
-        other = read_summary(folder)
-        _check_comparable(output, summary, Path(folder), other)
-        # A relative folder may be written just as the run's own title is; none may take the place of another.
-        name, number = Path(folder).name, 2
-        while name in runs:
-            name, number = f"{Path(folder).name} ({number})", number + 1
-        runs[name] = other
+    title = _title(summary["arguments"])
+    runs = {title: summary}
+    for name, folder in _short_names(beside, title).items():
+        runs[name] = read_summary(folder)
+        _check_comparable(output, summary, folder, runs[name])
     tables = _tables(runs)
     shared = dict.fromkeys(own["route"] for own in summary["routes"].values() if own["route"] in PAPER_SSIM)
     paper = [[route, *map("{:.2f}".format, PAPER_SSIM[route])] for route in shared]
@@ -334,6 +333,16 @@ def write_report(output: str | Path, beside: Iterable[str | Path] = ()) -> str:
         write_whole(output / MODEL_INDEX, _model_index(summary))
     text = "\n\n".join(f"{title}. {note}\n\n{markdown_table(columns, lines)}" for title, note, columns, lines in tables)
     return f"{text}\n\nWrote {output / REPORT}, {output / SUMMARY} and {output / CASES}"
+
+
+def _short_names(folders: Iterable[str | Path], taken: str) -> dict[str, Path]:
+    """What folders are called in the tables: their last parts, as many as tell them apart."""
+    paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    length, names = 1, [path.name for path in paths]
+    while len({taken, *names}) <= len(names):
+        length += 1
+        names = ["/".join(path.parts[-length:]) for path in paths]
+    return dict(zip(names, paths, strict=True))
 
 
 def _check_comparable(mine: Path, summary: dict, theirs: Path, other: dict):
@@ -414,6 +423,7 @@ def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], l
     say, arguments = html.escape, summary["arguments"]
     title = f"Evaluation of {_title(arguments)}"
     found = f"{summary['cases']['found']} cases, {summary['cases']['without slices']} of them with nothing to judge"
+    found += f", {summary['cases']['repaired']} repaired"
     if unseen := summary["cases"].get("routes without cases"):
         found += f"; none of {', '.join(unseen)}"
     whom = f"{subjects(arguments)}, split {arguments['split']}: {found}."
@@ -429,12 +439,12 @@ def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], l
         parts.append(f"<p><small>{say(PANELS)}</small></p>")
         for place, shown in own.get("pictures", {}).items():
             png = base64.b64encode(_picture(output, route, place).read_bytes()).decode()
-            where = shown["case"] + ("" if shown["slice_index"] is None else f", slice {shown['slice_index']}")
-            caption = f"{place}: {where}, {own['ranked_by']} {shown['value']:.4g}"
+            caption = f"{place}: {own['ranked_by']} {shown['value']:.4g}, line {shown['line']} of {CASES}"
             parts.append(f'<figure><img alt="{say(place)}" src="data:image/png;base64,{png}">')
             parts.append(f"<figcaption>{say(caption)}</figcaption></figure>")
         parts.append("</section>")
-    parts.append(f"<details><summary>Arguments</summary><pre>{say(json.dumps(arguments, indent=2))}</pre></details>")
+    told = {name: last_name(value) if name in PATHS and value else value for name, value in arguments.items()}
+    parts.append(f"<details><summary>Arguments</summary><pre>{say(json.dumps(told, indent=2))}</pre></details>")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{say(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n<body>'

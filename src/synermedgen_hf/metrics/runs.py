@@ -22,7 +22,7 @@ def claim_folder(folder: str | Path, arguments: dict):
         arguments (`dict`): Of what JSON can hold: everything that the records depend on.
 
     Raises:
-        `ValueError`: The folder holds answers to something else, or to what is not known.
+        `ValueError`: The folder holds answers to something else, or to what is not known, or is damaged.
     """
     cases, known = Path(folder) / CASES, Path(folder) / ARGUMENTS
     if not known.exists():
@@ -30,7 +30,7 @@ def claim_folder(folder: str | Path, arguments: dict):
             raise ValueError(f"{cases} is in the way: without {ARGUMENTS} beside it, nobody knows what was asked.")
         write_whole(known, json.dumps(arguments, indent=2) + "\n")
         return
-    before = json.loads(known.read_text(encoding="utf-8"))
+    before = read_json(known)
     names = dict.fromkeys([*before, *arguments])
     changed = [
         f"{name} {before.get(name)!r} (now {arguments.get(name)!r})"
@@ -73,9 +73,38 @@ def read_records(file: Path) -> list[dict]:
     if whole != content:
         os.truncate(file, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [read_line(line, file, number) for number, line in enumerate(whole.splitlines(), start=1)]
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Remove it to ask again.") from error
+        raise ValueError(f"{error} Remove the file to ask again.") from error
+
+
+def read_line(line: bytes, file: Path, number: int) -> dict:
+    """
+    One record of a file of JSON lines.
+
+    Raises:
+        `ValueError`: It is damaged: it says where.
+    """
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}, is damaged: {error}.") from error
+
+
+def read_json(file: Path) -> dict:
+    """
+    What a run wrote about itself.
+
+    Raises:
+        `ValueError`: The file is damaged.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds no object.")
+    return found
 
 
 def name_of(record: dict) -> tuple:
@@ -83,4 +112,4 @@ def name_of(record: dict) -> tuple:
     return record["dataset"], record["case_id"], record["route"], record["slice_index"]
 
 
-__all__ = ["claim_folder", "name_of", "read_records", "sole_user"]
+__all__ = ["claim_folder", "name_of", "read_json", "read_line", "read_records", "sole_user"]
