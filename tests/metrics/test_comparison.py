@@ -106,7 +106,7 @@ def test_many_routes_are_corrected_for(evaluation):
 
 def test_routes_are_corrected_for_together_whatever_their_unit(evaluation):
     rng = np.random.default_rng(3)
-    routes = {"brain/MRI-CT": "mae_hu_mask", "brain/CT-MRI": "mae_au_mask", "whole-body/CT-PET": "mae_suv_mask"}
+    routes = {"brain/MRI-CT": "mae_hu_mask", "brain/CT-MRI": "mae_au_body", "whole-body/CT-PET": "mae_suv_mask"}
     sides = []
     for shift in (0, 0.03):
         side = []
@@ -179,6 +179,35 @@ def test_what_is_not_finished_is_refused(evaluation, tmp_path):
     folder = evaluation("a", [record(0, ssim_frame=0.5)])
     with pytest.raises(FileNotFoundError, match="nowhere holds no finished evaluation"):
         compare(folder, tmp_path / "nowhere")
+
+
+def test_a_damaged_or_foreign_line_is_named(evaluation):
+    good = evaluation("good", [record(0, ssim_frame=0.5)])
+    damaged, foreign, twice = (evaluation(name, [record(0, ssim_frame=0.5)] * 2) for name in "abc")
+    lines = (damaged / "cases.jsonl").read_text().splitlines()
+    (damaged / "cases.jsonl").write_text(f"{lines[0]}\n{lines[1][:40]}\n")
+    (foreign / "cases.jsonl").write_text('{"dataset": "made", "case_id": "a", "mae": 3}\n')
+    for folder, says in (
+        (damaged, "a/cases.jsonl, line 2, is damaged"),
+        (foreign, "b/cases.jsonl, line 1, is no record of a synthesis: it lacks route, slice_index, patient"),
+        (twice, "c/cases.jsonl, line 2: made case-0 brain/T1-T2 0 has been there before"),
+    ):
+        for both in ((good, folder), (folder, good)):
+            with pytest.raises(ValueError, match=says):
+                compare(*both)
+    (damaged / "summary.json").write_text('{"routes"')
+    with pytest.raises(ValueError, match="a/summary.json is damaged"):
+        compare(good, damaged)
+
+
+def test_records_may_stand_in_another_order(evaluation):
+    records = patients(np.random.default_rng(4))
+    second = patients(np.random.default_rng(5), shift=0.01)
+    found, turned = (
+        compare(evaluation(name, records), evaluation(f"{name}2", other))["routes"]
+        for name, other in (("a", second), ("b", second[::-1]))
+    )
+    assert found == turned
 
 
 def test_an_interval_of_one_patient_and_a_test_of_none():

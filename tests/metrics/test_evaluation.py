@@ -261,12 +261,12 @@ def test_a_finished_evaluation_is_not_done_again(whole, run, tmp_path, monkeypat
     assert contents(run("again")) == contents(whole)
 
 
-def launch(processes, folder, scans, weights, port):
+def launch(processes, folder, scans, weights, port, options=("--steps", "2", "--guidance", "1")):
     """The command under torchrun, on CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--master-port", str(port), "-m", "synermedgen_hf.cli", "evaluate", "--output", str(folder)]
     command += ["--data-dir", str(scans), "--model", str(weights), "--split", "train"]
-    command += ["--batch-size", "4", "--steps", "2", "--guidance", "1"]
+    command += ["--batch-size", "4", *options]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -278,6 +278,24 @@ def test_two_processes_report_what_one_does(scans, weights, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Wrote ") == 1  # one of them speaks
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_two_real_processes_share_out_a_baseline_or_are_refused_together(run, scans, weights, tmp_path):
+    """One command, one digit, one voice; where a folder is taken, none of the two waits for the other."""
+    one = run("one", baseline="copy")
+    options = ["--baseline", "copy"]
+    done = launch(2, tmp_path / "two", scans, weights, 29575, options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote ") == 1
+    two = tmp_path / "two"
+    assert {name: (two / name).read_bytes() for name in RESULTS if (two / name).exists()} == {
+        name: (one / name).read_bytes() for name in RESULTS if (one / name).exists()
+    }
+    (tmp_path / "busy").mkdir()
+    with FileLock(tmp_path / "busy" / ".lock"):
+        done = launch(2, tmp_path / "busy", scans, weights, 29576, options)
+    assert done.returncode != 0 and "Another run is writing to" in done.stderr
+    assert not list((tmp_path / "busy").rglob("*.jsonl"))
 
 
 def test_each_process_takes_every_nth_case(whole, run, tmp_path, monkeypatch):
@@ -505,6 +523,21 @@ def test_what_cannot_be_is_said_before_anything_is_written(run, tmp_path, argume
 def test_what_cannot_stand_beside_is_said_before_anything_is_written(run, whole, tmp_path):
     said = refused(run, tmp_path, baseline="copy", beside=[whole], protocol="paper_frame")
     assert said == f"{whole} cannot stand beside this evaluation: protocol synthrad2023 (here paper_frame)."
+    said = refused(run, tmp_path, baseline="copy", beside=[whole], slice_step=2)
+    assert said == f"{whole} cannot stand beside this evaluation: slice_step 1 (here 2)."
+    said = refused(run, tmp_path, baseline="copy", beside=[whole], data_dir=None, phantom_cases=1, phantom_size=64)
+    assert "phantom_cases None (here 1), phantom_size 128 (here 64)" in said
+
+
+def test_mr_on_another_scale_cannot_stand_beside(run, whole, weights, tmp_path):
+    model = Path(shutil.copytree(weights, tmp_path / "scaled"))
+    for file in model.rglob("processor_config.json"):
+        content = json.loads(file.read_text())
+        content["image_processor"]["intensity"]["MRI"]["reference_high"] = 500.0
+        file.write_text(json.dumps(content))
+    said = refused(run, tmp_path, model=model, baseline="copy", beside=[whole])
+    assert said == f"{whole} cannot stand beside this evaluation: scale of MRI 1000.0 (here 500.0)."
+    run("apart", model=model, baseline="copy", beside=[whole], routes=["MRI-CT"])  # where no MR is made
 
 
 def test_the_authors_released_pictures_are_no_scans(run, tmp_path):
@@ -569,3 +602,18 @@ def test_a_case_that_cannot_be_read_is_counted_and_said(run, scans, tmp_path, ca
     summary = read_summary(run("rest", data_dir=data, baseline="copy"))
     assert summary["cases"]["without slices"] == 1 and "1 of" in caplog.text and "report.jsonl" in caplog.text
     assert case not in {record["case_id"] for record in records_of(tmp_path / "rest")}
+
+
+def test_a_case_that_was_repaired_is_counted_and_said(run, scans, tmp_path, caplog):
+    """A reference that is not as it was found: who reads the figures must know."""
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    case = next(iter(load_dataset("synermed", data_dir=str(data), split="train", streaming=True)))["case_id"]
+    (file,) = data.rglob(f"{case}/ct.nii.gz")
+    image = nibabel.load(file)
+    voxels = image.get_fdata(dtype=np.float32)
+    voxels[0, 0, :2] = np.nan
+    nibabel.save(nibabel.Nifti1Image(voxels, image.affine), file)
+    folder = run("repaired", data_dir=data, baseline="copy")
+    assert read_summary(folder)["cases"]["repaired"] == 1
+    assert "1 of 4 cases were repaired" in caplog.text and "report.jsonl" in caplog.text
+    assert "1 repaired" in (folder / "report.html").read_text()

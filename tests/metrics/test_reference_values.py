@@ -8,6 +8,7 @@ known; its definition is held against scikit-image in the tests of the protocols
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
 
 from synermedgen_hf.metrics import ms_ssim, psnr, ssim
 
@@ -42,8 +43,39 @@ def test_ssim_of_a_volume_is_not_the_mean_over_its_slices(pairs):
 
 
 def test_ms_ssim(pairs):
-    """MONAI's figure, which differs from torchmetrics' 0.90816: that one averages over a reflected border."""
+    """MONAI's figure; torchmetrics' own averages over a reflected border."""
     assert ms_ssim(*pairs["doubled"], 1.0) == pytest.approx(0.90825, abs=5e-6)
+    torch = pytest.importorskip("torch")
+    image = pytest.importorskip("torchmetrics.functional.image")
+    tensors = [torch.tensor(array)[None, None] for array in pairs["doubled"]]
+    theirs = image.multiscale_structural_similarity_index_measure(*tensors, data_range=1.0)
+    assert float(theirs) == pytest.approx(0.90816, abs=5e-6)
+
+
+def test_what_torchmetrics_gives_and_why(pairs):
+    """Reflected and not cropped its figures are others; cropped they are ours, but for its population covariance."""
+    torch = pytest.importorskip("torch")
+    image = pytest.importorskip("torchmetrics.functional.image")
+
+    def theirs(name, crop=0, **options):
+        # Its convolution in 3D is a hundred times slower in float64.
+        dtype = torch.float32 if name == "volume" else torch.float64
+        tensors = [torch.tensor(array, dtype=dtype)[None, None] for array in pairs[name]]
+        whole, rim = image.structural_similarity_index_measure(
+            *tensors, data_range=1.0, return_full_image=True, **options
+        )
+        inner = (..., *[slice(crop, -crop)] * (rim.ndim - 2))
+        return float(rim[inner].mean()) if crop else float(whole)
+
+    uniform = {"gaussian_kernel": False, "kernel_size": 7}
+    assert theirs("plane", **uniform) == pytest.approx(0.841250, abs=5e-7)
+    assert theirs("plane", crop=3, **uniform) == pytest.approx(0.841005, abs=5e-7)
+    population = structural_similarity(*pairs["plane"], data_range=1.0, use_sample_covariance=False)
+    assert population == pytest.approx(0.841005, abs=5e-7)
+    assert theirs("plane") == pytest.approx(0.796542, abs=5e-7)
+    assert theirs("plane", crop=5) == pytest.approx(0.794023, abs=5e-7)
+    assert theirs("volume") == pytest.approx(0.70976, abs=5e-6)
+    assert theirs("volume", crop=5) == pytest.approx(0.69358, abs=1e-5)  # of float32
 
 
 def test_equal_background_flatters(pairs):

@@ -26,7 +26,7 @@ NAMES = ("mae", "rmse", "psnr", "ssim", "ms_ssim")  # of one figure
 INPUTS = """
 Args:
     predictions, references (`list[np.ndarray]`): Slices `(rows, columns)` in one unit, of any size; pairs must have one
-        shape. Kept as float32 until they are compared.
+        shape. Of float32 or whole numbers, and kept as float32; make half precision float32 first.
     window (`tuple[float, float]`): Both are clipped to it first, and its width is the data range, such as
         `(-1024, 3000)` in HU. MAE and RMSE do without: then nothing is clipped.
 

@@ -9,7 +9,8 @@ from synermedgen_hf.metrics.protocols import average, evaluate_case
 INPUTS = """
 Args:
     predictions, references (`list[np.ndarray]`): Slices `(rows, columns)` or volumes `(slices, rows, columns)`, all of
-        one kind, in scanner units and of any size; pairs must have one shape. Kept as float32 until they are compared.
+        one kind, in scanner units and of any size; pairs must have one shape. Of float32 or whole numbers, and kept as
+        float32; make half precision float32 first.
     masks (`list[np.ndarray]`, *optional*): Passed to `compute`, one for each pair, in their order. By default the body
         is found in each reference.
     protocol, modality, spacing, window: As of `synermedgen_hf.metrics.evaluate_case`.
