@@ -6,8 +6,9 @@
 Each run is a name and the folder that `synermedgen evaluate` wrote; all of them of the same cases under the same
 protocol. A metric is `FIGURE:SCALE:DIGITS`; of the figures that a pattern fits the first is taken, so `mae_[!u]*` is
 the mean absolute error in the route's own unit. A cell holds all metrics in order; an asterisk says that a figure is
-not defined on all cases, so that two runs may speak of different ones. Below: on how many routes the first run is
-better than each of the others.
+not defined on all cases, so that two runs may speak of different ones. The last line is the plain mean over routes,
+whose ranges differ. Below: on how many routes the first run has the better mean, which nothing tests (`synermedgen
+compare` does), and what all stamps have in common.
 """
 
 import argparse
@@ -15,8 +16,7 @@ import fnmatch
 
 import numpy as np
 
-from synermedgen_hf.metrics.protocols import check_same_protocol
-from synermedgen_hf.metrics.report import lower_is_better, markdown_table, read_summary
+from synermedgen_hf.metrics.report import check_same_cases, lower_is_better, markdown_table, read_summary
 
 
 def parse_args(argv=None):
@@ -40,15 +40,17 @@ def split_at(mark: str, count: int):
     return split
 
 
-def figure_of(record: dict, pattern: str) -> tuple[str, float, bool]:
-    """Name and mean of the first figure that the pattern fits, and whether it is defined on all cases."""
+def figure_of(record: dict, pattern: str) -> str:
+    """The first figure that the pattern fits, of those that are defined on some case."""
     for name, found in record["metrics"].items():
         if fnmatch.fnmatchcase(name, pattern) and found["mean"] is not None:
-            return name, found["mean"], found["n"] == record["cases"]
+            return name
     raise SystemExit(f"{record['route']} has no figure {pattern}: it has {', '.join(record['metrics'])}.")
 
 
 def main(args):
+    if len({name for name, _ in args.runs}) < len(args.runs):
+        raise SystemExit("Two runs have one name.")
     runs = {name: read_summary(folder)["routes"] for name, folder in args.runs}
     metrics = [(pattern, float(scale), int(digits)) for pattern, scale, digits in args.metric]
     names, first = list(runs), next(iter(runs.values()))
@@ -59,13 +61,15 @@ def main(args):
         for column, (name, routes) in enumerate(runs.items()):
             if route not in routes:
                 raise SystemExit(f"{name} has no {route}.")
-            check_same_protocol([own, routes[route]])
-            if routes[route]["checksum"] != own["checksum"]:
-                raise SystemExit(f"{name} is of other cases of {route} than {names[0]}.")
+            check_same_cases(route, names[0], own, name, routes[route])
             for place, (pattern, scale, _) in enumerate(metrics):
-                figure, value, whole[row, column, place] = figure_of(routes[route], pattern)
+                figure = figure_of(own, pattern)
+                found = routes[route]["metrics"][figure]
+                if found["mean"] is None:
+                    raise SystemExit(f"{name} has no {figure} of {route}.")
+                whole[row, column, place] = found["n"] == own["cases"]
                 figures[place].add(figure)
-                values[row, column, place] = scale * value
+                values[row, column, place] = scale * found["mean"]
 
     def cell(own, of_all, shown) -> str:
         parts = []
@@ -81,15 +85,18 @@ def main(args):
     # A mean over HU and SUV would mean nothing.
     alike = [len(each) == 1 for each in figures]
     means = zip(values.mean(axis=0), whole.all(axis=0), strict=True)
-    lines.append(["mean", "", *(cell(*one, alike) for one in means)])
+    lines.append(["mean over routes", "", *(cell(*one, alike) for one in means)])
     print(" / ".join(" or ".join(sorted(each)) for each in figures) + "\n")
     print(markdown_table(["route", "slices", *names], lines))
-    for place, (pattern, _, _) in enumerate(metrics):
-        own = values[:, :, place] * (-1 if lower_is_better(pattern) else 1)
+    for place in range(len(metrics)):
+        own = values[:, :, place] * (-1 if lower_is_better(next(iter(figures[place]))) else 1)
         better = [f"{name} on {int((own[:, 0] > own[:, column]).sum())}" for column, name in enumerate(names) if column]
         if better:
             figure = " or ".join(sorted(figures[place]))
-            print(f"\nBy {figure}, of {len(first)} routes {names[0]} beats {', '.join(better)}.")
+            print(f"\nBy {figure}, of {len(first)} routes {names[0]} has the better mean than {', '.join(better)}.")
+    stamps = [own["protocol"] for own in first.values()]
+    common = [f"{key}: {value}" for key, value in stamps[0].items() if all(one.get(key) == value for one in stamps)]
+    print(f"\nStamps of all routes: {'; '.join(common)}.")
 
 
 if __name__ == "__main__":

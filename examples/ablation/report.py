@@ -61,6 +61,12 @@ PAPER = (
 )
 PAPER_UNSEEN = "Unseen data (SynthRAD2025, 8 routes), full against Stage II alone: SSIM x100 +7.15, MAE -2.68."
 
+HOW_DECIDED = (
+    "A comparison is decided if its difference would hold for other patients (the 95 % interval over patients leaves "
+    "out zero, and q is below 0.05: the p-value of a test that flips the signs of patients, corrected for all "
+    "comparisons of the table) and for other trainings (so does the 95 % interval over seeds)."
+)
+
 Cells = dict[tuple[str, str], float]  # (route, patient) to the mean over slices
 
 
@@ -323,6 +329,21 @@ def judge(found: dict) -> str:
     return "worse" if all(high < 0 for _, high in intervals) else "undecided"
 
 
+def why_undecided(found: dict) -> str:
+    """For whom a difference does not hold."""
+    patients = found["q"] is not None and found["q"] < 0.05 and leaves_out_zero(found["interval"])
+    seeds = leaves_out_zero(found["seed_interval"])
+    if patients and not seeds:
+        return "it would hold for other patients, not for other trainings"
+    if seeds and not patients:
+        return "it would hold for other trainings, not for other patients"
+    return "it would hold for neither other patients nor other trainings" if not patients else "the two disagree"
+
+
+def leaves_out_zero(interval: list[float] | None) -> bool:
+    return interval is not None and (interval[0] > 0 or interval[1] < 0)
+
+
 def in_words(found: dict[Comparison, dict], names: dict[str, str] = NAMES) -> str:
     """A sentence for each comparison and one for all; higher SSIM counts as better."""
     if not found:
@@ -335,7 +356,7 @@ def in_words(found: dict[Comparison, dict], names: dict[str, str] = NAMES) -> st
             "better": f"better, by {100 * own['difference']:.2f}" + ": the claim holds here" * pair.claimed,
             "worse": f"worse, by {-100 * own['difference']:.2f}"
             + ": here the opposite of the claim holds" * pair.claimed,
-            "undecided": f"no difference that can be told from chance ({100 * own['difference']:+.2f})",
+            "undecided": f"undecided ({100 * own['difference']:+.2f}): {why_undecided(own)}",
         }[verdict]
         patients, seeds = (
             " to ".join(f"{100 * end:+.2f}" for end in own[name]) if own[name] else "none"
@@ -480,6 +501,7 @@ def write_report(output: Path) -> str:
         "Written by `examples/ablation/report.py`. Toy weights, simulated patients: these figures say what happens at "
         f"this size, not at the paper's. Protocol of all evaluations: `{settings['protocol']}`, slices; "
         f"{settings['test_cases']} held-out patients of each kind. Mean ± standard deviation over seeds.{mixed}",
+        HOW_DECIDED,
         "### What Stage I taught",
         what_was_learned(output, config),
     ]

@@ -692,7 +692,10 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
     as_json: Json = False,
 ):
-    """Test whether two evaluations differ, paired by patient."""
+    """Test whether two evaluations differ, paired by patient: Wilcoxon's signed-rank test, corrected for all routes.
+
+    Differences are first minus second. With five patients or fewer no difference can be told from chance.
+    """
 
     def work():
         from .metrics.comparison import compare, comparison_table, write_comparison

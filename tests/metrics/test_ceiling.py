@@ -106,14 +106,15 @@ def test_the_command_tells_every_modality_and_goes_on(tmp_path):
     assert summary["modalities"]["PET"]["metrics"]["mae_suv_frame"] > 0
     assert ceiling_table(summary["modalities"]) in first.stdout
 
-    # Interrupted after the first case, in the middle of a line: the rest is made again, to the same figures.
+    # Interrupted after the first case, or in the middle of it: the rest is made again, to the same figures.
     cases = tmp_path / "cases.jsonl"
     lines = cases.read_text().splitlines(keepends=True)
-    cases.write_text("".join(lines[:3]) + lines[3][:20])
-    (tmp_path / "summary.json").unlink()
-    assert run(tmp_path).exit_code == 0
-    assert cases.read_text() == "".join(lines)
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    for whole in (3, 1):
+        cases.write_text("".join(lines[:whole]) + lines[whole][:20])
+        (tmp_path / "summary.json").unlink()
+        assert run(tmp_path).exit_code == 0
+        assert cases.read_text() == "".join(lines)
+        assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
     other = run(tmp_path, "--codec", "bands")
     assert other.exit_code == 1 and "holds answers to something else: window of" in other.stderr

@@ -20,6 +20,7 @@ from synermedgen_hf import SynerMedGenForConditionalGeneration, SynerMedGenImage
 from synermedgen_hf.data.layouts import write_layout
 from synermedgen_hf.metrics import evaluation
 from synermedgen_hf.metrics.baselines import fit_mapping
+from synermedgen_hf.metrics.comparison import compare
 from synermedgen_hf.metrics.evaluation import evaluate
 from synermedgen_hf.metrics.protocols import evaluate_case
 from synermedgen_hf.metrics.report import read_summary
@@ -145,7 +146,7 @@ def test_a_record_is_what_the_model_makes_from_its_seed_under_its_protocol(whole
     ).images[0]
     judged = evaluate_case(made, np.asarray(row["target_image"]), np.asarray(row["mask"]), modality="CT")
     check_alike(record["metrics"], judged["metrics"], 1e-3)
-    assert record["protocol"] == judged["protocol"]
+    assert record["protocol"] == {**judged["protocol"], "axis": "axial"}
 
 
 def test_every_case_has_noise_of_its_own(whole):
@@ -615,5 +616,52 @@ def test_a_case_that_was_repaired_is_counted_and_said(run, scans, tmp_path, capl
     nibabel.save(nibabel.Nifti1Image(voxels, image.affine), file)
     folder = run("repaired", data_dir=data, baseline="copy")
     assert read_summary(folder)["cases"]["repaired"] == 1
-    assert "1 of 4 cases were repaired" in caplog.text and "report.jsonl" in caplog.text
+    assert "1 of 4 cases were repaired" in caplog.text
     assert "1 repaired" in (folder / "report.html").read_text()
+    told = {record["case_id"]: record.get("repaired") for record in records_of(folder)}
+    assert "NaN" in told.pop(case)[0] and set(told.values()) == {None}
+
+
+def test_what_was_repaired_before_an_interruption_is_counted(run, scans, tmp_path, monkeypatch):
+    """The report of the data set is in a cache, which may be another one, or empty, when the run goes on."""
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    for file in data.rglob("ct.nii.gz"):
+        image = nibabel.load(file)
+        voxels = np.clip(image.get_fdata(dtype=np.float32), -1024, None) + 1024
+        nibabel.save(nibabel.Nifti1Image(voxels, image.affine), file)
+    monkeypatch.setattr(evaluation, "_gather", None)
+    with pytest.raises(TypeError):
+        run("repaired", data_dir=data, baseline="copy")
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluation, "read_report", lambda report: [])
+    assert read_summary(run("repaired", data_dir=data, baseline="copy"))["cases"]["repaired"] == 4
+
+
+def test_a_case_without_a_mask_is_not_called_repaired(run, scans, tmp_path):
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    for mask in data.rglob("mask.nii.gz"):
+        mask.unlink()
+    assert read_summary(run("maskless", data_dir=data, baseline="copy"))["cases"]["repaired"] == 0
+
+
+def test_what_a_run_left_that_was_killed_at_its_end_is_removed(run, tmp_path):
+    folder = run("killed", baseline="copy")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "000000.jsonl").write_text("{}")
+    (folder / "cases.jsonl.123.tmp").write_text("{}")
+    run("killed", baseline="copy")
+    assert not (folder / "parts").exists() and not list(folder.glob("*.tmp"))
+
+
+def test_other_scans_of_the_same_names_and_masks_are_told(run, scans, tmp_path):
+    """Such as a data set that was preprocessed in two ways, here mirrored."""
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    for file in data.rglob("mr.nii.gz"):
+        image = nibabel.load(file)
+        nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32)[::-1], image.affine), file)
+    options = {"baseline": "copy", "routes": ["CT-MRI"]}
+    one, other = run("one", **options), run("other", data_dir=data, **options)
+    with pytest.raises(ValueError, match="was not measured alike in both .*: the reference's values"):
+        compare(one, other)
+    with pytest.raises(ValueError, match="one is of other cases of .*/CT-MRI than"):
+        run("other", data_dir=data, beside=[one], **options)

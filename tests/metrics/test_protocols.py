@@ -18,7 +18,7 @@ from synermedgen_hf.metrics import (
     protocols,
     z_consistency,
 )
-from synermedgen_hf.metrics.protocols import find_body
+from synermedgen_hf.metrics.protocols import find_body, same_measured
 from synermedgen_hf.volumes.reading import Volume
 
 MODALITY = {"brats": "T1"}
@@ -301,6 +301,12 @@ def test_volumes_are_compared_where_they_lie():
         evaluate_case(Volume(prediction, affine), Volume(reference, moved))
     with pytest.raises(ValueError, match="reference and the mask lie on different grids|prediction and the mask lie"):
         evaluate_case(Volume(prediction, affine), Volume(reference, affine), Volume(mask, moved))
+    across = [image.transpose(0, 2, 1) for image in (prediction, reference, mask)]
+    affine = np.diag([1.0, 3.0, 1.0, 1.0])
+    coronal = evaluate_case(*(Volume(image, affine) for image in across))
+    assert (record["protocol"]["axis"], coronal["protocol"]["axis"]) == ("axial", "coronal")
+    with pytest.raises(ValueError, match="axis: 'axial' and 'coronal'"):
+        average([record, coronal])
     with pytest.raises(ValueError, match="the reference an array without"):
         evaluate_case(Volume(prediction, affine), reference)
     with pytest.raises(ValueError, match="the mask an array without an affine"):
@@ -339,6 +345,19 @@ def test_what_is_refused(arguments, says):
     prediction, reference, mask = pair(20, 40, 40)
     with pytest.raises(ValueError, match=says):
         evaluate_case(**{"prediction": prediction, "reference": reference, "mask": mask, **arguments})
+
+
+def test_means_tell_another_scan_on_the_same_grid():
+    prediction, reference, mask = pair(20, 40, 40)
+    one, same, mirrored, brighter = (
+        evaluate_case(prediction, image, mask)["measured"]
+        for image in (reference, reference * (1 + 1e-7), reference[:, :, ::-1] + 30 * (mask > 0), reference * 1.01)
+    )
+    first = reference[:10, :20, :20]
+    assert len(one["means"]) == 8 and one["means"][0] == pytest.approx(first.mean())
+    assert same_measured(one, same) == []
+    assert same_measured(one, mirrored) == same_measured(one, brighter) == ["the reference's values"]
+    assert same_measured(one, {**one, "shape": [1, 2, 3]}) == ["shape [20, 40, 40] and [1, 2, 3]"]
 
 
 def test_averages_by_hand():

@@ -30,7 +30,8 @@ def record(route="brain/T1-T2", case="c0", patient=None, slice_index=0, protocol
     metrics = metrics or {"ssim_frame": 0.5, "mae_frame": 1.0}
     identity = {"dataset": "made", "case_id": case, "route": route, "slice_index": slice_index}
     shown = {"picture": picture} if picture else {}
-    shown["measured"] = {"shape": [4, 4], "spacing": [1.0, 1.0], "range": None, "voxels": 9}
+    measured = {"shape": [4, 4], "spacing": [1.0, 1.0], "range": None, "voxels": 9}
+    shown["measured"] = measured | {"means": [1.0, 2.0, 3.0, 4.0]}
     return {**identity, "patient": patient or case, "seed": 0, "protocol": protocol, "metrics": metrics, **shown}
 
 
@@ -125,6 +126,19 @@ def test_unlike_protocols_are_not_averaged():
         "brain/T1-T2": ("brain/T1-T2", 2),
         "brain/T1-T2 (body)": ("brain/T1-T2", 1),
     }
+
+
+def test_slices_along_another_axis_are_a_group_of_their_own():
+    stamps = [
+        {**STAMP, "area": area, "axis": axis} for area in ("mask: as given", "body: x") for axis in ("axial", "coronal")
+    ]
+    found = summarise(record(case=str(number), protocol=stamp) for number, stamp in enumerate(stamps))
+    assert list(found) == [
+        "brain/T1-T2",
+        "brain/T1-T2 (coronal)",
+        "brain/T1-T2 (body)",
+        "brain/T1-T2 (body, coronal)",
+    ]
 
 
 def test_stamps_that_differ_in_more_are_refused():

@@ -135,10 +135,10 @@ class Note(str):
 @dataclass(frozen=True)
 class Problem:
     """
-    Something that was skipped or repaired.
+    Something that was skipped or repaired, or that is worth knowing.
 
     Args:
-        kind (`str`): `"skipped"` or `"repaired"`.
+        kind (`str`): `"skipped"`, `"repaired"`, or `"noted"` where nothing was changed.
         case (`str`): Name of the case, or empty.
         path (`str`): The file or folder it is about.
         reason (`str`): What is wrong, and what was done or can be done.
@@ -358,7 +358,7 @@ def absent_parts(cases: Iterable[CaseRecord]) -> list[Problem]:
             reason = f"missing modality: {', '.join(absent)}"
         else:
             continue
-        problems.append(Problem("repaired", case.name, next(iter(case.files.values())), reason))
+        problems.append(Problem("noted", case.name, next(iter(case.files.values())), reason))
     return problems
 
 
@@ -371,7 +371,7 @@ def _doubtful_releases(cases: Iterable[CaseRecord], root: Path) -> list[Problem]
     reason = (
         "BraTS 2020 lies beside other releases and has patients in common with them under other numbers; read it alone"
     )
-    return [Problem("repaired", "", str(root), f"{reason}, or a patient may stand in two splits")]
+    return [Problem("noted", "", str(root), f"{reason}, or a patient may stand in two splits")]
 
 
 def _autopet(folder: Path, volumes: dict[str, Path]) -> tuple[list[CaseRecord], list[Problem]]:

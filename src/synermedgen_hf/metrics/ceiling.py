@@ -220,36 +220,54 @@ def measure_ceiling(
     claim_folder(output, arguments)
     vae.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     skipped = []
-    with sole_user(output), open(output / CASES, "a", encoding="utf-8") as file:
-        records = read_records(output / CASES)
+    with sole_user(output):
+        records = _whole_cases(output / CASES, cases, image_processor.intensity)
         done = {(record["dataset"], record["case_id"]) for record in records}
-        for case in tqdm(cases, desc="VAE ceiling", unit="case"):
-            if (case.dataset, case.case_id) in done:
-                continue
-            try:
-                images, mask, usable = _load(case, phantom_slices if phantom_cases else None, phantom_size)
-            except CaseError as error:
-                skipped.append({"case": case.name, "reason": error.reason})
-                continue
-            if not len(usable):
-                skipped.append({"case": case.name, "reason": "no slice shows enough of the patient"})
-                continue
-            identity = {"dataset": case.dataset, "case_id": case.case_id, "region": case.region}
-            try:
-                found = case_ceiling(vae, image_processor, images, mask, usable[::slice_step], protocol, batch_size)
-            except ValueError as error:
-                raise ValueError(f"{case.name} cannot be judged: {error} Is dtype {dtype} enough?") from error
-            new = [{**identity, **record} for record in found]
-            # One write for all modalities of a case: it is done or it is not.
-            file.write("".join(f"{json.dumps(record)}\n" for record in new))
-            file.flush()
-            records += new
+        with open(output / CASES, "a", encoding="utf-8") as file:
+            for case in tqdm(cases, desc="VAE ceiling", unit="case"):
+                if (case.dataset, case.case_id) in done:
+                    continue
+                try:
+                    images, mask, usable = _load(case, phantom_slices if phantom_cases else None, phantom_size)
+                except CaseError as error:
+                    skipped.append({"case": case.name, "reason": error.reason})
+                    continue
+                if not len(usable):
+                    skipped.append({"case": case.name, "reason": "no slice shows enough of the patient"})
+                    continue
+                identity = {"dataset": case.dataset, "case_id": case.case_id, "region": case.region}
+                try:
+                    found = case_ceiling(vae, image_processor, images, mask, usable[::slice_step], protocol, batch_size)
+                except ValueError as error:
+                    raise ValueError(f"{case.name} cannot be judged: {error} Is dtype {dtype} enough?") from error
+                new = [{**identity, **record} for record in found]
+                file.write("".join(f"{json.dumps(record)}\n" for record in new))
+                file.flush()
+                records += new
     if not records:
         reason = skipped[0]["reason"] if skipped else "the checkpoint knows none of their modalities"
         raise ValueError(f"None of {len(cases)} cases gave a slice: {reason}.")
     summary = {"arguments": arguments, "modalities": summarise(records, image_processor.intensity), "skipped": skipped}
     write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _whole_cases(file: Path, cases: list[CaseRecord], known: Iterable[str]) -> list[dict]:
+    """The records of cases of which all modalities are there; of a case that was half written none stays."""
+    wanted = {(case.dataset, case.case_id): set(case.files).intersection(known) for case in cases}
+    found: dict[tuple[str, str], list[dict]] = {}
+    records = read_records(file)
+    for record in records:
+        found.setdefault((record["dataset"], record["case_id"]), []).append(record)
+    kept = [
+        record
+        for name, own in found.items()
+        if {record["modality"] for record in own} == wanted.get(name)
+        for record in own
+    ]
+    if len(kept) < len(records):
+        write_whole(file, "".join(f"{json.dumps(record)}\n" for record in kept))
+    return kept
 
 
 def _find_cases(data_dir, phantom_cases, phantom_slices, phantom_size) -> tuple[list[CaseRecord], dict]:

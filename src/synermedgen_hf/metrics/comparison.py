@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.splits import write_whole
-from .protocols import check_same_protocol
+from .protocols import check_same_protocol, same_measured
 from .report import group_of, lower_is_better, markdown_table, name_groups, read_summary
 from .runs import CASES, name_of, read_line
 from .statistics import correct_p_values, interval_of_mean, paired_p_value
@@ -44,8 +44,7 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
     values: dict[tuple[str, str], dict[str, _Pairs]] = {}
     for record, partner in _in_pairs(first, second):
         check_same_protocol([record, partner])
-        if (here := record["measured"]) != (there := partner["measured"]):
-            unlike = [f"{key} {here[key]} and {there.get(key)}" for key in here if here[key] != there.get(key)]
+        if unlike := same_measured(record["measured"], partner["measured"]):
             raise ValueError(
                 f"{_shown(name_of(record))} was not measured alike in both evaluations, another scan or another "
                 f"window: {'; '.join(unlike)}."

@@ -96,7 +96,8 @@ def evaluate(
         output (`str` or `Path`): Folder of this evaluation; the same arguments go on where it was interrupted. Batch
             size, number of processes, device and versions of libraries are not among them: last digits depend on them,
             so an evaluation to be published is best made with one of each. `cases.jsonl` names the cases as the data
-            set does, for bare folders by the folder's name; no other file does.
+            set does, for bare folders by the folder's name; no other file does, but for the folder of a single case
+            that is passed as `data_dir`.
         data_dir (`str` or `Path`, *optional*): Scans, as for `load_dataset("synermed")`.
         phantom_cases (`int`, *optional*): Instead of scans, so many simulated patients of each protocol.
         model (`str` or `Path`, *optional*): Pipeline; by default the bundled weights. Of a baseline only its processor
@@ -131,7 +132,7 @@ def evaluate(
     Raises:
         `ValueError`: An argument cannot be used, a route was not trained for, the folder holds another evaluation, or
             what is to stand beside was asked in another way: said before any synthesis. Other scans under the same
-            names are told apart afterwards, by their grids and masks. A prediction that is not finite is named.
+            names are told afterwards, by their grids, masks and values. A prediction that is not finite is named.
     """
     if (data_dir is None) == (phantom_cases is None):
         raise ValueError("Pass either --data-dir or --phantom-cases.")
@@ -270,7 +271,7 @@ def evaluate(
             progress = tqdm(own, desc=split, unit="case", disable=not processes.is_main_process)
             for place in progress:
                 part = output / PARTS / f"{place:06d}.jsonl"
-                judge_case(judge, rows.shard(rows.num_shards, place), names, part, progress)
+                judge_case(judge, rows.shard(rows.num_shards, place), names, part, progress, builder.report_file)
             processes.wait_for_everyone()
 
         # 3. All of them together.
@@ -278,6 +279,10 @@ def evaluate(
             return None
         if not (output / CASES).exists():
             _gather(output, rows.num_shards, arguments, builder.report_file)
+        # What a run left that was killed in its last step names cases, too.
+        shutil.rmtree(output / PARTS, ignore_errors=True)
+        for unfinished in output.glob(f"{CASES}.*.tmp"):
+            unfinished.unlink()
         return write_report(output, beside)
 
 
@@ -483,6 +488,7 @@ class Judge:
             except ValueError as error:
                 where = " ".join(str(part) for part in name_of(identity) if part is not None)
                 raise ValueError(f"{where} cannot be judged: {error}") from error
+            judged["protocol"]["axis"] = rows[0]["axis"]
             if scale is not None:
                 judged["protocol"]["scale"] = scale_of_mr(WINDOWS[modality]["percentile"])
             records.append({**identity, **judged, "picture": draw_strip(*picture, self.codec)})
@@ -502,7 +508,9 @@ def _stack_masks(masks: list[np.ndarray | None]) -> np.ndarray | None:
     return None if masks[0] is None else np.stack(masks)
 
 
-def judge_case(judge: Judge, rows: IterableDataset, names: list[str], part: Path, progress: tqdm):
+def judge_case(
+    judge: Judge, rows: IterableDataset, names: list[str], part: Path, progress: tqdm, report: Path | None = None
+):
     """
     Judge one case into a file of its own, from where an earlier run stopped.
 
@@ -512,6 +520,7 @@ def judge_case(judge: Judge, rows: IterableDataset, names: list[str], part: Path
         names (`list[str]`): Routes, in the order of the records.
         part (`Path`): The file; it appears when the case is done.
         progress (`tqdm`): Told how many slices there were.
+        report (`Path`, *optional*): Of the data set: what was repaired in the case is put into its records.
     """
     if part.exists():
         return
@@ -530,6 +539,11 @@ def judge_case(judge: Judge, rows: IterableDataset, names: list[str], part: Path
     order = {name: place for place, name in enumerate(names)}
     records = sorted(done.values(), key=lambda record: (order[record["route"]], record["slice_index"] or 0))
     keep_pictures(records)
+    problems = read_report(report) if report else []
+    for record in records:
+        case = f"{record['dataset']}/{record['case_id']}"
+        if repaired := [problem.reason for problem in problems if (problem.kind, problem.case) == ("repaired", case)]:
+            record["repaired"] = repaired
     write_whole(part, "".join(f"{json.dumps(record)}\n" for record in records))
     unfinished.unlink()
 
@@ -551,10 +565,11 @@ def _gather(output: Path, count: int, arguments: dict, report: Path):
     shown = {record["route"] for record in records()}
     if unseen := [route for route in arguments["routes"] if route not in shown]:
         logger.warning(f"No case of the split {arguments['split']} shows {', '.join(unseen)}.")
-    judged = {f"{record['dataset']}/{record['case_id']}" for record in records()}
-    repaired = {problem.case for problem in read_report(report) if problem.kind == "repaired"} & judged
+    repaired = {(record["dataset"], record["case_id"]) for record in records() if "repaired" in record}
     if repaired:
-        logger.warning(f"{len(repaired)} of {count} cases were repaired before they were judged; how is in {report}.")
+        logger.warning(
+            f"{len(repaired)} of {count} cases were repaired before they were judged; how is in {output / CASES}."
+        )
     cases = {"found": count, "without slices": empty, "repaired": len(repaired), "routes without cases": unseen}
     write_summary(output, records, arguments, cases)
     unfinished = output / f"{CASES}.{os.getpid()}.tmp"
@@ -563,7 +578,6 @@ def _gather(output: Path, count: int, arguments: dict, report: Path):
             record.pop("picture", None)
             file.write(json.dumps(record) + "\n")
     os.replace(unfinished, output / CASES)
-    shutil.rmtree(output / PARTS)
 
 
 __all__ = ["Judge", "Synthesis", "evaluate", "judge_case"]

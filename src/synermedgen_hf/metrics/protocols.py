@@ -98,8 +98,8 @@ def evaluate_case(
 
     Args:
         prediction, reference (array-like of shape `(rows, columns)` or `(slices, rows, columns)`, or [`Volume`]): In
-            scanner units (HU, SUV, MR as it comes) on one grid. A volume is turned to `(slices, rows, columns)`
-            along its coarsest axis. An image is compared in 2D, a volume in 3D.
+            scanner units (HU, SUV, MR as it comes) on one grid. A [`Volume`] is turned to `(slices, rows, columns)`
+            along its coarsest axis, and the stamp says which that is. An image is compared in 2D, a volume in 3D.
         mask (array-like or [`Volume`], *optional*): Where to compare, on the same grid. By default the body: what the
             reference shows above -400 HU, 0.1 SUV, or 5 % of the high end of MR's range, in parts of at least a tenth
             of the largest one, holes filled slice by slice. A couch may be among the parts: a mask is better.
@@ -129,7 +129,8 @@ def evaluate_case(
         - `protocol`: the stamp. Records may be compared and averaged if theirs are equal, and only then.
         - `metrics`: figures by name, the same names for each record of a stamp; `None` where one is not defined.
         - `undefined`: the reason for each `None`.
-        - `measured`: what belongs to this case: `shape`, `spacing`, `range` in the unit, `voxels` of the area.
+        - `measured`: what belongs to this case: `shape`, `spacing`, `range` in the unit, `voxels` of the area, and
+          `means`, by which another scan on the same grid is told: those of the reference's quarters, or eighths.
 
     Raises:
         `ValueError`: The grids differ, values are not finite, the window is no range, the protocol does not know the
@@ -151,7 +152,7 @@ def evaluate_case(
     if modality in UNITS and chosen.ct_range is None:
         raise ValueError(f"The protocol {protocol!r} is for MR, and the images are {modality}. Choose another one.")
     window = None if window is None else check_window(window)
-    prediction, reference, mask, spacing = _on_one_grid(prediction, reference, mask, spacing)
+    prediction, reference, mask, spacing, axis = _on_one_grid(prediction, reference, mask, spacing)
 
     given = mask is not None
     rule, measured = _range(chosen, reference, modality, window)
@@ -173,8 +174,9 @@ def evaluate_case(
         "unit": unit,
         "range": rule,
         "dimensions": _dimensions(chosen, reference),
+        "axis": axis,
         "area": "mask: as given" if given else f"body: {_body_rule(modality)}",
-        **chosen.about,
+        **{name: text for name, text in chosen.about.items() if unit == "HU" or name != "tissues"},
         "library": f"synermedgen_hf.metrics {VERSION}",
     }
     facts = {"shape": list(reference.shape), "spacing": spacing, "range": measured and list(measured)}
@@ -182,7 +184,7 @@ def evaluate_case(
         "protocol": stamp,
         "metrics": metrics,
         "undefined": undefined,
-        "measured": {**facts, "voxels": int(area.sum())},
+        "measured": {**facts, "voxels": int(area.sum()), "means": _means_of_parts(reference)},
     }
 
 
@@ -410,7 +412,7 @@ _CROP = "SSIM without the outermost 3 voxels along each axis; nothing is padded"
 _PSNR = "not defined where prediction and reference are equal, since it is infinite"
 _FLAT = "SSIM is not defined where the reference, clipped, has one value only in the area"
 _SYNTHRAD = {
-    "window": "PSNR and SSIM clipped to the range; MAE and RMSE unclipped",
+    "window": "PSNR and SSIM clipped to the range; all else unclipped",
     "outside": "for SSIM set to the low end of the range, which windows at the rim of the area see",
     "psnr": _PSNR,
     "flat": _FLAT,
@@ -450,7 +452,7 @@ PROTOCOLS = {
             (-1024.0, 3071.0),
             _paper_frame,
             {
-                "window": "clipped to the range; u8 rounded to 256 grey levels; MAE in units unclipped",
+                "window": "clipped to the range; u8 rounded to 256 grey levels; MAE and RMSE in units unclipped",
                 "outside": "as it is: equal background flatters all figures of the frame, not those of the area",
                 "ssim": f"{_UNIFORM}; MS-SSIM of Wang 2003 with that window, five scales, blocks of 2 averaged",
                 "crop": f"{_CROP}; slices of one value are left out",
@@ -482,6 +484,7 @@ def _modality_of(images: dict, modality: str | None) -> str:
 def _on_one_grid(prediction, reference, mask, spacing):
     volumes = {"prediction": prediction, "reference": reference, "mask": mask}
     volumes = {name: image for name, image in volumes.items() if isinstance(image, Volume)}
+    axis = "as given"
     if volumes:
         first, placed = next(iter(volumes.items()))
         for name, image in volumes.items():
@@ -508,7 +511,7 @@ def _on_one_grid(prediction, reference, mask, spacing):
         spacing = [float(side) for side in spacing]
         if len(spacing) != reference.ndim or not all(math.isfinite(side) and side > 0 for side in spacing):
             raise ValueError(f"The spacing must be {reference.ndim} lengths in mm above zero, got {spacing}.")
-    return prediction, reference, mask, spacing
+    return prediction, reference, mask, spacing, axis
 
 
 def _range(protocol: Protocol, reference: np.ndarray, modality: str, window):
@@ -524,6 +527,38 @@ def _range(protocol: Protocol, reference: np.ndarray, modality: str, window):
         found = _foreground(reference, MR_PERCENTILE)
         rule, found = f"0 to the {MR_PERCENTILE}th percentile of the reference above 0", found and (0.0, *found)
     return rule, found if found and found[0] < found[1] else None
+
+
+def _means_of_parts(reference: np.ndarray) -> list[float]:
+    """Of each half of each axis, all axes together: it tells another scan, or the same one mirrored."""
+    parts = [reference.astype(np.float64)]
+    for axis in range(reference.ndim):
+        parts = [half for part in parts for half in np.array_split(part, 2, axis)]
+    return [float(part.mean()) if part.size else 0.0 for part in parts]
+
+
+def same_measured(one: dict, other: dict) -> list[str]:
+    """
+    In what two records' `measured` differ, in words; nothing if they may be of the same scan.
+
+    Args:
+        one, other (`dict`): Of [`evaluate_case`]. Means may differ in last digits: machines round differently.
+    """
+    unlike = [
+        f"{name} {one.get(name)} and {other.get(name)}"
+        for name in dict.fromkeys([*one, *other])
+        if name != "means" and one.get(name) != other.get(name)
+    ]
+    if not unlike and "means" in one and not close_means(one["means"], other.get("means")):
+        unlike.append("the reference's values")
+    return unlike
+
+
+def close_means(one: list[float], other: list[float] | None) -> bool:
+    """Whether two references have the same `means`, but for rounding."""
+    if other is None or len(one) != len(other):
+        return False
+    return np.allclose(one, other, rtol=0, atol=1e-4 * max(map(abs, one)))
 
 
 def _foreground(image: np.ndarray, *percentiles: float) -> tuple[float, ...] | None:
@@ -553,7 +588,9 @@ __all__ = [
     "Protocol",
     "average",
     "check_same_protocol",
+    "close_means",
     "evaluate_case",
     "find_body",
+    "same_measured",
     "scale_of_mr",
 ]

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from ..data.splits import write_whole
 from ..image_processing_synermedgen import to_display
 from ..model_card import evaluation_results, last_name, subjects
-from .protocols import check_same_protocol
+from .protocols import check_same_protocol, close_means
 from .runs import CASES, name_of, read_json
 from .statistics import interval_of_mean
 
@@ -32,8 +32,8 @@ SIDE, GAP = 144, 4  # pixels of a panel, and between two
 DISPLAY = {"CT": (-300.0, 1000.0), "CBCT": (-300.0, 1000.0), "PET": (0.0, 8.0)}
 PANELS = (
     "Source, synthesis, truth, and their absolute difference. CT and CBCT from -300 to 1000 HU, PET from 0 to 8 SUV in "
-    "reversed grey, MR over the window of its volume; the difference from 0 to half of that width. The median is the "
-    "slice nearest to it of those that are kept: the best, the middle and the worst one of each case."
+    "reversed grey, MR over the window of its volume; the difference from 0 to half of that width. Of each case the "
+    "best, the middle and the worst picture are kept; median is the one of them that is nearest to the median of all."
 )
 LOWER_IS_BETTER = ("mae", "rmse", "mse", "error")
 
@@ -153,15 +153,17 @@ def summarise(records: Iterable[dict], bootstrap: int = 1000, seed: int = 0) -> 
         seed (`int`, defaults to 0): Of the draws.
 
     Returns:
-        `dict[str, dict]`: For each route, and for each stamp if a route has several (cases with and without a mask),
+        `dict[str, dict]`: For each route, and for each stamp if a route has several (cases with and without a mask, or
+        of slices along several axes),
 
-        - `route`, `cases`, `patients`, `protocol` (the stamp), `checksum` of the cases' names, grids and areas;
+        - `route`, `cases`, `patients`, `protocol` (the stamp), `checksum` of the cases' names, grids and areas, and
+          `means` of the references' parts over the cases, by which other scans of the same names are told;
         - `metrics`: for each metric `mean` over its `n` cases where it is defined, and `interval`, which holds the mean
           in 95 of 100 draws of patients (`None` for a single patient);
         - `ranked_by`: the metric that tells the best case from the worst, and its `median`.
 
     Raises:
-        `ValueError`: Stamps of one route differ in more than the area.
+        `ValueError`: Stamps of one route differ in more than area and axis.
     """
     found: dict[tuple[str, str], _Sums] = {}
     for record in records:
@@ -172,21 +174,24 @@ def summarise(records: Iterable[dict], bootstrap: int = 1000, seed: int = 0) -> 
 
 def name_groups(firsts: Iterable[dict]) -> list[str]:
     """
-    What groups of records are called: by their route, and by the area as well where a route has several stamps.
+    What groups of records are called: by their route, and by the area and the axis of the slices as well where a route
+    has several stamps.
 
     Args:
         firsts (`Iterable[dict]`): A record of each group.
 
     Raises:
-        `ValueError`: Stamps of one route differ in more than the area.
+        `ValueError`: Stamps of one route differ in more than that.
     """
     named: dict[str, dict] = {}
     for first in firsts:
         label = route = first["route"]
         if route in named:
-            label = f"{route} ({first['protocol'].get('area', '').partition(':')[0]})"
-        if label in named:
-            check_same_protocol([named[route], first])  # they differ in more than their area
+            known, own = named[route]["protocol"], first["protocol"]
+            unlike = [name for name in dict.fromkeys([*known, *own]) if known.get(name) != own.get(name)]
+            if not set(unlike) <= {"area", "axis"}:
+                check_same_protocol([named[route], first])
+            label = f"{route} ({', '.join(own[name].partition(':')[0] for name in unlike)})"
         named[label] = first
     return list(named)
 
@@ -204,11 +209,13 @@ class _Sums:
         self.patients: dict[str, int] = {}
         self.metrics: dict[str, dict[int, list[float]]] = {name: {} for name in first["metrics"]}
         self.ranked: list[float] = []
+        self.means = np.zeros(len(first["measured"]["means"]))
 
     def add(self, record: dict):
         self.cases += 1
         measured = [record["measured"][name] for name in ("shape", "spacing", "voxels")]
         self.names.update(json.dumps([name_of(record), measured]).encode())
+        self.means += record["measured"]["means"]
         patient = self.patients.setdefault(record["patient"], len(self.patients))
         for name, value in record["metrics"].items():
             if value is not None:
@@ -234,6 +241,7 @@ class _Sums:
             "median": float(np.median(self.ranked)) if self.ranked else None,
             "protocol": self.first["protocol"],
             "checksum": self.names.hexdigest()[:16],
+            "means": (self.means / self.cases).tolist(),
         }
 
 
@@ -349,12 +357,27 @@ def _check_comparable(mine: Path, summary: dict, theirs: Path, other: dict):
     for route, own in summary["routes"].items():
         if (found := other["routes"].get(route)) is None:
             continue
-        check_same_protocol([own, found])
-        if own["checksum"] != found["checksum"]:
-            raise ValueError(
-                f"{theirs} is of other cases of {route} than {mine} ({found['cases']} and {own['cases']}); synermedgen "
-                "compare says which."
-            )
+        check_same_cases(route, str(mine), own, str(theirs), found)
+
+
+def check_same_cases(route: str, mine: str, own: dict, theirs: str, found: dict):
+    """
+    Refuse to set figures of a route side by side that are of other cases, or of other scans under the same names.
+
+    Args:
+        route (`str`): Its label in both summaries.
+        mine, theirs (`str`): What the evaluations are called.
+        own, found (`dict`): Of [`summarise`].
+
+    Raises:
+        `ValueError`: They are not alike in protocol, cases or scans.
+    """
+    check_same_protocol([own, found])
+    if own["checksum"] != found["checksum"] or not close_means(own["means"], found["means"]):
+        raise ValueError(
+            f"{theirs} is of other cases of {route} than {mine} ({found['cases']} and {own['cases']}); synermedgen "
+            "compare says which."
+        )
 
 
 def _tables(runs: dict[str, dict]) -> list[tuple[str, str, list[str], list[list]]]:
@@ -372,7 +395,8 @@ def _tables(runs: dict[str, dict]) -> list[tuple[str, str, list[str], list[list]
                 if (own := run["routes"].get(route)) is not None:
                     cells = [_cell(own["metrics"].get(metric), own["cases"]) for metric in metrics]
                     lines.append([route, name, own["cases"], own["patients"], *cells])
-        title = f"Under {first['arguments']['protocol']}, by {first['arguments']['level']}"
+        targets = dict.fromkeys(first["routes"][route]["route"].rsplit("-", 1)[1] for route in routes)
+        title = f"To {', '.join(targets)}, under {first['arguments']['protocol']}, by {first['arguments']['level']}"
         columns = ["route", "run", f"{first['arguments']['level']}s", "patients", *metrics]
         tables.append((title, f"Mean and 95 % interval over patients. {_stamp_text(stamp)}", columns, lines))
     return tables
@@ -434,9 +458,9 @@ def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], l
         body = "".join("<tr>" + "".join(f"<td>{say(str(cell))}</td>" for cell in line) + "</tr>" for line in lines)
         parts.append(f"<section><h2>{say(heading)}</h2><p><small>{say(note)}</small></p>")
         parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></section>")
+    parts.append(f"<h2>Pictures</h2><p><small>{say(PANELS)}</small></p>")
     for route, own in summary["routes"].items():
-        parts.append(f"<section><h2>{say(route)}</h2>")
-        parts.append(f"<p><small>{say(PANELS)}</small></p>")
+        parts.append(f"<section><h3>{say(route)}</h3>")
         for place, shown in own.get("pictures", {}).items():
             png = base64.b64encode(_picture(output, route, place).read_bytes()).decode()
             caption = f"{place}: {own['ranked_by']} {shown['value']:.4g}, line {shown['line']} of {CASES}"
@@ -454,6 +478,7 @@ def _page(output: Path, summary: dict, tables: list[tuple[str, str, list[str], l
 
 
 __all__ = [
+    "check_same_cases",
     "draw_strip",
     "group_of",
     "keep_pictures",
