@@ -221,7 +221,7 @@ def evaluate(
     same = {"metrics": VERSION, "protocol": protocol, "level": level, "split": split, "slice_step": slice_step}
     same |= {"phantom_cases": phantom_cases, **asked, **_scales(codec.intensity, targets)}
     for other, told in others.items():
-        told = {**simulated, **told, **_scales(told["codec"]["intensity"], targets)}
+        told = {**simulated, **told, **_scales(told.get("codec", {}).get("intensity", {}), targets)}
         if unlike := [f"{name} {told.get(name)} (here {own})" for name, own in same.items() if told.get(name) != own]:
             raise ValueError(f"{other} cannot stand beside this evaluation: {', '.join(unlike)}.")
     arguments = {
@@ -539,11 +539,11 @@ def judge_case(
     order = {name: place for place, name in enumerate(names)}
     records = sorted(done.values(), key=lambda record: (order[record["route"]], record["slice_index"] or 0))
     keep_pictures(records)
-    problems = read_report(report) if report else []
-    for record in records:
-        case = f"{record['dataset']}/{record['case_id']}"
-        if repaired := [problem.reason for problem in problems if (problem.kind, problem.case) == ("repaired", case)]:
-            record["repaired"] = repaired
+    if records and report:
+        case = f"{records[0]['dataset']}/{records[0]['case_id']}"
+        problems = [problem for problem in read_report(report) if problem.case == case]
+        if repaired := [problem.reason for problem in problems if problem.kind == "repaired"]:
+            records = [{**record, "repaired": repaired} for record in records]
     write_whole(part, "".join(f"{json.dumps(record)}\n" for record in records))
     unfinished.unlink()
 
