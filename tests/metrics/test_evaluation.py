@@ -87,6 +87,16 @@ def rows(scans):
     return list(load_dataset("synermed", data_dir=str(scans), split="train", streaming=True))
 
 
+def with_window(weights, folder, modality, **changed):
+    """The same weights, the window of a modality another one."""
+    shutil.copytree(weights, folder)
+    for file in folder.rglob("processor_config.json"):
+        content = json.loads(file.read_text())
+        content["image_processor"]["intensity"][modality] |= changed
+        file.write_text(json.dumps(content))
+    return folder
+
+
 def records_of(folder):
     return [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
 
@@ -389,11 +399,7 @@ def test_a_volume_is_judged_as_the_challenge_would(tmp_path):
 
 def test_sources_are_read_through_the_windows_of_the_checkpoint(weights, scans, rows, tmp_path):
     """As they were in training: those of the data set are the usual ones, which this checkpoint does not have."""
-    model = Path(shutil.copytree(weights, tmp_path / "narrow"))
-    for file in model.rglob("processor_config.json"):
-        content = json.loads(file.read_text())
-        content["image_processor"]["intensity"]["CT"]["high"] = 1000.0
-        file.write_text(json.dumps(content))
+    model = with_window(weights, tmp_path / "narrow", "CT", high=1000.0)
     options = {"data_dir": scans, "split": "train", "routes": ["CT-MRI"], "slice_step": 5}
     evaluate(tmp_path / "run", model=model, **options, **FAST)
     pipe = SynerMedGenPipeline.from_pretrained(model, print_report=False)
@@ -531,11 +537,7 @@ def test_what_cannot_stand_beside_is_said_before_anything_is_written(run, whole,
 
 
 def test_mr_on_another_scale_cannot_stand_beside(run, whole, weights, tmp_path):
-    model = Path(shutil.copytree(weights, tmp_path / "scaled"))
-    for file in model.rglob("processor_config.json"):
-        content = json.loads(file.read_text())
-        content["image_processor"]["intensity"]["MRI"]["reference_high"] = 500.0
-        file.write_text(json.dumps(content))
+    model = with_window(weights, tmp_path / "scaled", "MRI", reference_high=500.0)
     said = refused(run, tmp_path, model=model, baseline="copy", beside=[whole])
     assert said == f"{whole} cannot stand beside this evaluation: scale of MRI 1000.0 (here 500.0)."
     run("apart", model=model, baseline="copy", beside=[whole], routes=["MRI-CT"])  # where no MR is made
