@@ -25,7 +25,8 @@ def evaluation(tmp_path):
     def evaluation(name, records):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "summary.json").write_text('{"arguments": {}, "routes": {}}')
+        routes = list(dict.fromkeys(one["route"] for one in records))
+        (folder / "summary.json").write_text(json.dumps({"arguments": {"routes": routes}, "routes": {}}))
         (folder / "cases.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
         return folder
 
@@ -166,6 +167,17 @@ def test_a_case_in_one_of_them_only_is_named(evaluation):
             compare(*both)
     with pytest.raises(ValueError, match=r"/c lacks 9 cases .* 1\b.* and 4 more\."):
         compare(a, evaluation("c", whole[:3]))
+
+
+def test_routes_that_one_of_them_was_not_asked_for_are_left_out_and_said(evaluation):
+    """A baseline answers routes that the model was not trained for."""
+    ours = patients(np.random.default_rng(6))
+    more = [record(0, route="brain/CBCT-MRI", ssim_frame=0.5)]
+    found = compare(evaluation("a", ours), evaluation("b", [*ours, *more]))
+    assert list(found["routes"]) == ["brain/T1-T2"] and found["only second"] == ["brain/CBCT-MRI"]
+    assert "Left out, since the second alone was asked for them: brain/CBCT-MRI." in comparison_table(found)
+    with pytest.raises(ValueError, match="c and .*a have no route in common: brain/CBCT-MRI; brain/T1-T2"):
+        compare(evaluation("c", more), evaluation("d", ours).parent / "a")
 
 
 def test_unlike_protocols_are_refused(evaluation):

@@ -26,23 +26,28 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         seed (`int`, defaults to 0): Of the draws.
 
     Returns:
-        `dict`: `first` and `second`, the folders, and `routes`: for each route (for each stamp, where a route has
-        several) and metric `n` cases and `patients` on which both are defined, the mean of `first` and of `second`, the
-        mean `difference` (first minus second), its `interval` over patients, the `difference of patients`, in which
-        each patient counts the same, `p` of Wilcoxon's signed-rank test on the latter's terms, and `q`, the same
-        corrected for testing the metric on all routes, in whatever unit, and whether inside masks or bodies (Benjamini
-        and Hochberg).
+        `dict`:
+
+        - `first` and `second`: the folders, and `bootstrap`.
+        - `only first` and `only second`: routes that the other one was not asked for, such as those that a model was
+          not trained for and a baseline answers.
+        - `routes`: for each of the others (for each stamp, where a route has several) and metric `n` cases and
+          `patients` on which both are defined, the mean of `first` and of `second`, the mean `difference` (first minus
+          second), its `interval` over patients, the `difference of patients`, in which each patient counts the same,
+          `p` of Wilcoxon's signed-rank test on the latter's terms, and `q`, the same corrected for testing the metric
+          on all routes, in whatever unit, and whether inside masks or bodies (Benjamini and Hochberg).
 
     Raises:
         `FileNotFoundError`: A folder holds no finished evaluation.
-        `ValueError`: A case is in one of them only or is another scan there, the protocols differ, or a line is
-            damaged or of something else.
+        `ValueError`: They have no route in common, a case of a common route is in one of them only or is another scan
+            there, the protocols differ, or a line is damaged or of something else.
     """
-    for folder in (first, second):
-        read_summary(folder)
+    asked = [read_summary(folder)["arguments"]["routes"] for folder in (first, second)]
+    if not (shared := [route for route in asked[0] if route in asked[1]]):
+        raise ValueError(f"{first} and {second} have no route in common: {', '.join(asked[0])}; {', '.join(asked[1])}.")
     groups: dict[tuple[str, str], dict] = {}
     values: dict[tuple[str, str], dict[str, _Pairs]] = {}
-    for record, partner in _in_pairs(first, second):
+    for record, partner in _in_pairs(first, second, shared):
         check_same_protocol([record, partner])
         if unlike := same_measured(record["measured"], partner["measured"]):
             raise ValueError(
@@ -67,7 +72,14 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
             families.setdefault(re.sub(r"_(hu|suv|au)(?=_|$)|_(mask|body)$", "", metric), []).append(found)
     for family in families.values():
         correct_p_values(family)
-    return {"first": str(first), "second": str(second), "bootstrap": bootstrap, "routes": routes}
+    return {
+        "first": str(first),
+        "second": str(second),
+        "bootstrap": bootstrap,
+        "only first": [route for route in asked[0] if route not in shared],
+        "only second": [route for route in asked[1] if route not in shared],
+        "routes": routes,
+    }
 
 
 def write_comparison(file: Path, found: dict):
@@ -87,8 +99,8 @@ def read_cases(folder: str | Path) -> Iterator[dict]:
             yield read_line(line, Path(folder) / CASES, number)
 
 
-def _places(folder: str | Path) -> dict[tuple, int]:
-    """Where in its file the record of each name begins: names fit into memory where records might not."""
+def _places(folder: str | Path, routes: list[str]) -> dict[tuple, int]:
+    """Where in its file each record of these routes begins: names fit into memory where records might not."""
     file, places, offset = Path(folder) / CASES, {}, 0
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -97,14 +109,15 @@ def _places(folder: str | Path) -> dict[tuple, int]:
                 raise ValueError(f"{file}, line {number}, is no record of a synthesis: it lacks {', '.join(lacking)}.")
             if (name := name_of(record)) in places:
                 raise ValueError(f"{file}, line {number}: {_shown(name)} has been there before.")
-            places[name] = offset
+            if record["route"] in routes:
+                places[name] = offset
             offset += len(line)
     return places
 
 
-def _in_pairs(first: str | Path, second: str | Path) -> Iterator[tuple[dict, dict]]:
-    """The records of each name, in the order of the first; all of them are in both."""
-    one, other = _places(first), _places(second)
+def _in_pairs(first: str | Path, second: str | Path, routes: list[str]) -> Iterator[tuple[dict, dict]]:
+    """The records of each name, in the order of the first; all of these routes are in both."""
+    one, other = _places(first, routes), _places(second, routes)
     for folder, own, wanted in ((first, one, other), (second, other, one)):
         if absent := [name for name in wanted if name not in own]:
             shown = "; ".join(map(_shown, absent[:5]))
@@ -112,8 +125,9 @@ def _in_pairs(first: str | Path, second: str | Path) -> Iterator[tuple[dict, dic
             raise ValueError(f"{folder} lacks {len(absent)} cases that the other evaluation has: {shown}{more}.")
     with open(Path(second) / CASES, "rb") as lines:
         for record in read_cases(first):
-            lines.seek(other[name_of(record)])
-            yield record, json.loads(lines.readline())
+            if (name := name_of(record)) in one:
+                lines.seek(other[name])
+                yield record, json.loads(lines.readline())
 
 
 def _shown(name: tuple) -> str:
@@ -164,7 +178,11 @@ def comparison_table(found: dict) -> str:
             spread = "{:.4g} to {:.4g}".format(*interval) if interval else ""
             tests = ["" if own[name] is None else f"{own[name]:.2g}" for name in ("p", "q")]
             lines.append([route, metric, own["n"], own["patients"], *figures, spread, *tests, better])
-    return f"first: {found['first']}, second: {found['second']}\n\n{markdown_table(columns, lines)}"
+    said = [f"first: {found['first']}, second: {found['second']}"]
+    for side in ("first", "second"):
+        if left := found[f"only {side}"]:
+            said.append(f"Left out, since the {side} alone was asked for them: {', '.join(left)}.")
+    return "\n\n".join([*said, markdown_table(columns, lines)])
 
 
 __all__ = ["compare", "comparison_table", "read_cases"]
