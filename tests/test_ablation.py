@@ -1,5 +1,6 @@
 """The ablation: what it will do, that it goes on after a kill, what its report says of given figures; run for real."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -194,10 +195,11 @@ if not begun:
 def test_a_step_that_was_cut_off_goes_on_and_its_time_is_no_measure(tmp_path):
     step = run.Step(tmp_path / "seed0" / "all" / "stage1", "Stage I", (sys.executable, "-c", FAILS_ONCE))
     assert run.time_left([step], tmp_path).startswith("unknown for 1 x Stage I")
-    with pytest.raises(SystemExit, match="(?s)no space left.*failed with exit status 1.*seed0-all-stage1.txt"):
-        run.do(step, tmp_path)
-    assert not step.is_done
-    run.do(step, tmp_path)
+    with run.held(tmp_path / "lock") as lock:
+        with pytest.raises(SystemExit, match="(?s)no space left.*failed with exit status 1.*seed0-all-stage1.txt"):
+            run.do(step, tmp_path, lock)
+        assert not step.is_done
+        run.do(step, tmp_path, lock)
     assert step.is_done and not step.working.exists()
     assert (step.folder / "work.txt").read_text() == "first half, second half"
     assert run.read_timings(tmp_path) == {}
@@ -214,13 +216,69 @@ def test_the_time_left_is_that_of_like_steps(tmp_path):
     assert run.time_left(steps, tmp_path).startswith("about 2.0 h, and unknown for 1 x Stage II")
 
 
+# Makes its folder with two checkpoints, as Stage I does.
+TRAINS = """
+import pathlib, sys
+for step in (200, 1400):
+    folder = pathlib.Path(sys.argv[1]) / f"checkpoint-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").write_text(str(step))
+"""
+
+
 def test_checkpoints_of_a_finished_training_go_but_its_course_stays(tmp_path):
-    for step in (200, 1400):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(str(step))
-    run.tidy(tmp_path)
-    assert (tmp_path / "trainer_state.json").read_text() == "1400"
-    assert [path.name for path in tmp_path.iterdir()] == ["trainer_state.json"]
+    step = run.Step(tmp_path / "stage1", "Stage I", (sys.executable, "-c", TRAINS))
+    with run.held(tmp_path / "lock") as lock:
+        run.do(step, tmp_path, lock)
+    assert (step.folder / "trainer_state.json").read_text() == "1400"
+    assert [path.name for path in step.folder.iterdir()] == ["trainer_state.json"]
+
+
+def test_killed_while_checkpoints_go_the_step_is_done(tmp_path, monkeypatch):
+    """With half of its checkpoints a training could neither go on nor begin."""
+    step = run.Step(tmp_path / "stage1", "Stage I", (sys.executable, "-c", TRAINS))
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.shutil, "rmtree", killed)
+    with run.held(tmp_path / "lock") as lock, pytest.raises(KeyboardInterrupt):
+        run.do(step, tmp_path, lock)
+    assert step.is_done and not step.working.exists()
+
+
+RUNS_A_STEP = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import run
+folder = Path(sys.argv[2])
+sleeps = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).mkdir(); time.sleep(600)"
+step = run.Step(folder / "stage1", "Stage I", (sys.executable, "-c", sleeps))
+with run.held(folder / "lock") as lock:
+    run.do(step, folder, lock)
+"""
+
+
+def test_the_step_of_a_run_that_was_killed_keeps_its_lock(tmp_path):
+    """It lives on, and a second run that began the same step would write between its lines."""
+    first = subprocess.Popen([sys.executable, "-c", RUNS_A_STEP, FOLDER, tmp_path], start_new_session=True)
+    while first.poll() is None and not (tmp_path / "stage1.unfinished").exists():
+        time.sleep(0.1)
+    assert first.poll() is None, "it ended before it could be killed"
+    first.kill()
+    first.wait()
+    with open(tmp_path / "lock") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.killpg(first.pid, signal.SIGKILL)  # the step, which is of its group
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def test_an_interval_needs_two_patients_of_each_kind():
+    assert report.interval_of_sum([np.array([0.1]), np.array([0.2])]) is None
+    low, high = report.interval_of_sum([np.array([0.1, 0.3]), np.array([0.2, 0.2])])
+    assert low == pytest.approx(0.6) and high == pytest.approx(1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -147,10 +147,11 @@ def edit_rows(pictures: int, size: int, seed: int) -> Iterator[dict]:
 
 
 def main(args):
-    pictures, training = args.output_dir / "pictures", args.output_dir / "training"
+    training = args.output_dir / "training"
+    pictures = args.output_dir / f"pictures-{args.pictures}-{args.size}-{args.seed}"
     if not pictures.exists():
         rows = Dataset.from_list(list(edit_rows(args.pictures, args.size, args.seed)), features=PAIR_FEATURES)
-        unfinished = args.output_dir / "pictures.unfinished"
+        unfinished = pictures.with_name(f"{pictures.name}.unfinished")
         unfinished.mkdir(parents=True, exist_ok=True)
         rows.to_parquet(unfinished / "train.parquet")
         unfinished.rename(pictures)

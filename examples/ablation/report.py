@@ -63,8 +63,9 @@ PAPER_UNSEEN = "Unseen data (SynthRAD2025, 8 routes), full against Stage II alon
 
 HOW_DECIDED = (
     "A comparison is decided if its difference would hold for other patients (the 95 % interval over patients leaves "
-    "out zero, and q is below 0.05: the p-value of a test that flips the signs of patients, corrected for all "
-    "comparisons of the table) and for other trainings (so does the 95 % interval over seeds)."
+    "out zero, and q is below 0.05: the p-value of a test that flips the signs of patients, corrected for all those of "
+    "the table that the paper claims something of, and apart for the others) and for other trainings (so does the 95 % "
+    "interval over seeds). Of few patients the interval over them is too narrow."
 )
 
 Cells = dict[tuple[str, str], float]  # (route, patient) to the mean over slices
@@ -289,8 +290,11 @@ def unique(lists: Iterable[list]) -> list[list]:
 
 
 def interval_of_sum(strata: list[np.ndarray], bootstrap: int = 10_000, seed: int = 0) -> list[float] | None:
-    """Where a sum over patients lies in 95 of 100 draws with replacement from each stratum; `None` for one patient."""
-    if sum(map(len, strata)) < 2:
+    """
+    Where a sum over patients lies in 95 of 100 draws with replacement from each stratum; `None` where one of these is a
+    single patient. Of few patients that is too narrow, see [`~synermedgen_hf.metrics.statistics.interval_of_mean`].
+    """
+    if min(map(len, strata)) < 2:
         return None
     rng = np.random.default_rng(seed)
     drawn = sum(own[rng.integers(len(own), size=(bootstrap, len(own)))].sum(1) for own in strata)

@@ -16,10 +16,12 @@ One command trains and evaluates everything, step by step, each step a process o
   refused, and so is one whose steps were run with other code; seeds and arms may be added, also by a second command
   that runs beside the first.
 * `report.md` and `curves.png` are written after each evaluation, see `report.py`.
+* Recipes may name scans to train on; evaluations are of simulated patients all the same.
 """
 
 import argparse
 import ast
+import fcntl
 import hashlib
 import json
 import shutil
@@ -27,8 +29,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import report
@@ -230,7 +235,7 @@ def code_state() -> dict[str, str]:
 
 def describe(args) -> dict:
     """All that makes an ablation this one."""
-    left_out = ("seeds", "arms", "plan", "untaught", "accept_changed_code")
+    left_out = ("seeds", "arms", "plan", "untaught", "accept_changed_code", "output_dir", "base", "no_zero_shot")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     return {
         # As JSON will have them, to be compared with what was written.
@@ -321,35 +326,53 @@ def time_left(steps: list[Step], output: Path) -> str:
     return ", and ".join(said) or "nothing"
 
 
-def do(step: Step, output: Path):
-    """Run one step, from where an earlier run stopped, and note how long it took."""
+@contextmanager
+def held(file: Path) -> Iterator[int]:
+    """
+    Wait for a lock and hold it. Yields its file descriptor: a process that inherits it holds the lock too, so that the
+    step of a run that was killed is not done twice at the same time.
+    """
+    with open(file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
+def do(step: Step, output: Path, lock: int):
+    """Run one step, from where an earlier run stopped, and note how long it took; its process keeps the lock."""
     resumed = step.working.exists()
     step.working.parent.mkdir(parents=True, exist_ok=True)
     log = output / "logs" / f"{'-'.join(step.folder.relative_to(output).parts)}.txt"
     log.parent.mkdir(exist_ok=True)
     start = time.monotonic()
     with open(log, "ab") as said:
-        done = subprocess.run([*step.command, str(step.working)], stdout=said, stderr=subprocess.STDOUT, check=False)
+        command = [*step.command, str(step.working)]
+        done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, check=False, pass_fds=[lock])
     if done.returncode:
         end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
         said = f"{step.folder} failed with exit status {done.returncode}; all it said is in {log}."
         raise SystemExit("\n".join([*end, f"{said} The same command goes on from here."]))
-    tidy(step.working)
+    keep_course(step.working)
     step.working.rename(step.folder)
+    # Not before the step has its name: with half of its checkpoints it could neither go on nor begin.
+    for checkpoint in checkpoints_of(step.folder):
+        shutil.rmtree(checkpoint)
     row = {"step": str(step.folder.relative_to(output)), "kind": step.kind}
     row |= {"seconds": round(time.monotonic() - start, 1), "resumed": resumed}
     with open(output / TIMINGS, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def tidy(folder: Path):
-    """Remove the checkpoints of a finished training, but for what the newest of Stage I says about its course."""
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Those of a training, from the oldest to the newest."""
     numbered = [path for path in folder.rglob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    numbered.sort(key=lambda path: int(path.name.split("-")[1]))
-    if numbered and (numbered[-1] / "trainer_state.json").exists():
-        shutil.copy(numbered[-1] / "trainer_state.json", folder)
-    for checkpoint in numbered:
-        shutil.rmtree(checkpoint)
+    return sorted(numbered, key=lambda path: int(path.name.split("-")[1]))
+
+
+def keep_course(folder: Path):
+    """Keep what the newest checkpoint of Stage I says about the course of the training."""
+    newest = checkpoints_of(folder)[-1:]
+    if newest and (newest[0] / "trainer_state.json").exists():
+        shutil.copy(newest[0] / "trainer_state.json", folder)
 
 
 def main(args):
@@ -357,6 +380,8 @@ def main(args):
         raise SystemExit(f"{args.base} holds no pipeline: make one with examples/pretrain_tiny.py.")
     if args.untaught and not (args.untaught / "model_index.json").exists():
         raise SystemExit(f"{args.untaught} holds no pipeline: --untaught is what the base was made of.")
+    if not find_spec("matplotlib"):  # and not after hours, when the first curves are to be drawn
+        raise SystemExit("Curves need matplotlib: pip install 'synermedgen-hf[phantom]'.")
     steps = make_steps(args)
     kinds = [step.kind for step in steps if not step.is_done]
     counted = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "none"
@@ -374,14 +399,14 @@ def main(args):
         progress.set_postfix_str(f"{name}; left: {time_left(steps, args.output_dir)}")
         step.folder.parent.mkdir(parents=True, exist_ok=True)
         # Another run may be at it, of other seeds: what all seeds need is done once.
-        with FileLock(step.folder.with_name(f".{step.folder.name}.lock")):
+        with held(step.folder.with_name(f".{step.folder.name}.lock")) as lock:
             if step.is_done:
                 continue
             if (describe(args), code_state()) != start:
                 raise SystemExit(
                     "The code, a recipe or the base has changed while this ran. Bring it back, or start elsewhere."
                 )
-            do(step, args.output_dir)
+            do(step, args.output_dir, lock)
         if step.kind.startswith("evaluation"):
             try:
                 report.write_report(args.output_dir)

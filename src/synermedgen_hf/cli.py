@@ -588,8 +588,8 @@ def evaluate(
         Path,
         typer.Option(
             help="Folder to write cases.jsonl, summary.json, report.html and model-index.yml to. A run that was "
-            "interrupted goes on where it stopped. cases.jsonl names cases as their folders are called; no other file "
-            "does."
+            "interrupted goes on where it stopped. cases.jsonl names cases as the data set does, for bare folders by "
+            "the folder's name; besides it, only the path of --data-dir is kept."
         ),
     ],
     data_dir: Scans = None,

@@ -199,7 +199,10 @@ def test_a_damaged_or_foreign_line_is_named(evaluation):
     lines = (damaged / "cases.jsonl").read_text().splitlines()
     (damaged / "cases.jsonl").write_text(f"{lines[0]}\n{lines[1][:40]}\n")
     (foreign / "cases.jsonl").write_text('{"dataset": "made", "case_id": "a", "mae": 3}\n')
+    nothing = evaluation("d", [record(0, ssim_frame=0.5)])
+    (nothing / "cases.jsonl").write_text("null\n")
     for folder, says in (
+        (nothing, "d/cases.jsonl, line 1, is damaged: it holds no object"),
         (damaged, "a/cases.jsonl, line 2, is damaged"),
         (foreign, "b/cases.jsonl, line 1, is no record of a synthesis: it lacks route, slice_index, patient"),
         (twice, "c/cases.jsonl, line 2: made case-0 brain/T1-T2 0 has been there before"),

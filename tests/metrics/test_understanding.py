@@ -12,6 +12,7 @@ from PIL import Image
 
 from synermedgen_hf.data.sources import CaseRecord, LoadedCase
 from synermedgen_hf.data.understanding import TaskSampler
+from synermedgen_hf.metrics import understanding
 from synermedgen_hf.metrics.understanding import answer_questions, resume_cases, summarise, understanding_table
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,6 +80,14 @@ def test_answers_do_not_depend_on_the_batch(model, processor, rows):
         assert probabilities(together) == pytest.approx(probabilities(alone), abs=1e-5)
         for one, other in zip(together, alone, strict=True):
             assert {**one, "probabilities": None} == {**other, "probabilities": None}
+
+
+def test_a_model_that_answers_nan_is_not_right(model, processor, rows, monkeypatch):
+    """The first option would be chosen, and be right by chance."""
+    score = understanding._score_options
+    monkeypatch.setattr(understanding, "_score_options", lambda *all: [one * float("nan") for one in score(*all)])
+    with pytest.raises(ValueError, match=f"Row {rows[0]['index']}: what the model makes of its options is NaN"):
+        ask(model, processor, rows[:1])
 
 
 def test_answers_come_in_the_order_of_the_rows_and_say_what_was_asked(model, processor, rows):

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +34,8 @@ from .. import model_source
 from ..data.latents import window_for
 from ..data.pairs import PAIR_FEATURES
 from ..data.routes import ROUTES, Route
-from ..data.splits import hash_unit, read_report, write_whole
+from ..data.sources import Problem
+from ..data.splits import hash_unit, write_whole
 from ..data.synermed import phantom_records
 from ..hub import as_dtype, check_folder, load_vae
 from ..image_processing_synermedgen import SMALLEST_SIDE, SynerMedGenImageProcessor
@@ -94,8 +95,8 @@ def evaluate(
 
     Args:
         output (`str` or `Path`): Folder of this evaluation; the same arguments go on where it was interrupted. Batch
-            size, number of processes, device and versions of libraries are not among them: last digits depend on them,
-            so an evaluation to be published is best made with one of each. `cases.jsonl` names the cases as the data
+            size, device and versions of libraries are not among them: last digits depend on them, so an evaluation to
+            be published is best made with one of each. `cases.jsonl` names the cases as the data
             set does, for bare folders by the folder's name; no other file does, but for the folder of a single case
             that is passed as `data_dir`.
         data_dir (`str` or `Path`, *optional*): Scans, as for `load_dataset("synermed")`.
@@ -219,10 +220,12 @@ def evaluate(
     for target in sorted(targets):
         evaluate_case(blank, blank, protocol=protocol, modality=target)  # says if the two do not go together
     same = {"metrics": VERSION, "protocol": protocol, "level": level, "split": split, "slice_step": slice_step}
-    same |= {"phantom_cases": phantom_cases, **asked, **_scales(codec.intensity, targets)}
+    same |= {"phantom_cases": phantom_cases, **asked}
     for other, told in others.items():
-        told = {**simulated, **told, **_scales(told.get("codec", {}).get("intensity", {}), targets)}
-        if unlike := [f"{name} {told.get(name)} (here {own})" for name, own in same.items() if told.get(name) != own]:
+        shared = {name.split("-")[-1] for name in names if name in told["routes"]}
+        here = {**same, **_scales(codec.intensity, shared)}
+        told = {**simulated, **told, **_scales(told["codec"]["intensity"], shared)}
+        if unlike := [f"{name} {told.get(name)} (here {own})" for name, own in here.items() if told.get(name) != own]:
             raise ValueError(f"{other} cannot stand beside this evaluation: {', '.join(unlike)}.")
     arguments = {
         "metrics": VERSION,
@@ -271,7 +274,7 @@ def evaluate(
             progress = tqdm(own, desc=split, unit="case", disable=not processes.is_main_process)
             for place in progress:
                 part = output / PARTS / f"{place:06d}.jsonl"
-                judge_case(judge, rows.shard(rows.num_shards, place), names, part, progress, builder.report_file)
+                judge_case(judge, rows.shard(rows.num_shards, place), names, part, progress, builder.said)
             processes.wait_for_everyone()
 
         # 3. All of them together.
@@ -489,7 +492,7 @@ class Judge:
                 where = " ".join(str(part) for part in name_of(identity) if part is not None)
                 raise ValueError(f"{where} cannot be judged: {error}") from error
             judged["protocol"]["axis"] = rows[0]["axis"]
-            if scale is not None:
+            if scale is not None and self.protocol != "brats":
                 judged["protocol"]["scale"] = scale_of_mr(WINDOWS[modality]["percentile"])
             records.append({**identity, **judged, "picture": draw_strip(*picture, self.codec)})
         return records
@@ -509,7 +512,12 @@ def _stack_masks(masks: list[np.ndarray | None]) -> np.ndarray | None:
 
 
 def judge_case(
-    judge: Judge, rows: IterableDataset, names: list[str], part: Path, progress: tqdm, report: Path | None = None
+    judge: Judge,
+    rows: IterableDataset,
+    names: list[str],
+    part: Path,
+    progress: tqdm,
+    problems: Collection[Problem] = (),
 ):
     """
     Judge one case into a file of its own, from where an earlier run stopped.
@@ -520,7 +528,8 @@ def judge_case(
         names (`list[str]`): Routes, in the order of the records.
         part (`Path`): The file; it appears when the case is done.
         progress (`tqdm`): Told how many slices there were.
-        report (`Path`, *optional*): Of the data set: what was repaired in the case is put into its records.
+        problems (`Collection[Problem]`, *optional*): Where the data set says what it had to repair while it is read: of
+            a case that is among them, the records say so.
     """
     if part.exists():
         return
@@ -539,11 +548,10 @@ def judge_case(
     order = {name: place for place, name in enumerate(names)}
     records = sorted(done.values(), key=lambda record: (order[record["route"]], record["slice_index"] or 0))
     keep_pictures(records)
-    if records and report:
-        case = f"{records[0]['dataset']}/{records[0]['case_id']}"
-        problems = [problem for problem in read_report(report) if problem.case == case]
-        if repaired := [problem.reason for problem in problems if problem.kind == "repaired"]:
-            records = [{**record, "repaired": repaired} for record in records]
+    # Reasons name files, and with them patients: that there was one is enough.
+    case = f"{records[0]['dataset']}/{records[0]['case_id']}" if records else None
+    if any((problem.kind, problem.case) == ("repaired", case) for problem in problems):
+        records = [{**record, "repaired": True} for record in records]
     write_whole(part, "".join(f"{json.dumps(record)}\n" for record in records))
     unfinished.unlink()
 
@@ -568,7 +576,8 @@ def _gather(output: Path, count: int, arguments: dict, report: Path):
     repaired = {(record["dataset"], record["case_id"]) for record in records() if "repaired" in record}
     if repaired:
         logger.warning(
-            f"{len(repaired)} of {count} cases were repaired before they were judged; how is in {output / CASES}."
+            f"{len(repaired)} of {count} cases were repaired before they were judged; how is in {report}, or in that "
+            "of the machine or the run that read them."
         )
     cases = {"found": count, "without slices": empty, "repaired": len(repaired), "routes without cases": unseen}
     write_summary(output, records, arguments, cases)

@@ -86,9 +86,12 @@ def read_line(line: bytes, file: Path, number: int) -> dict:
         `ValueError`: It is damaged: it says where.
     """
     try:
-        return json.loads(line)
+        found = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{file}, line {number}, is damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}, line {number}, is damaged: it holds no object.")
+    return found
 
 
 def read_json(file: Path) -> dict:

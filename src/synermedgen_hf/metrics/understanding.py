@@ -146,6 +146,11 @@ def _ask(model, processor, questions: list[Question], max_new_tokens: int) -> li
         next_positions = read_layout(model.config, ids, mask).positions[:, -1] + 1
         scores = _score_options(model, logits[with_options], caches, next_positions[with_options], options)
         for number, of_row in zip(with_options, scores, strict=True):
+            if not of_row.isfinite().all():
+                raise ValueError(
+                    f"Row {questions[number].row['index']}: what the model makes of its options is NaN or infinite. "
+                    "Half precision overflows easily: try float32 or bfloat16. What was answered so far is kept."
+                )
             probabilities[number] = of_row.softmax(0).tolist()
 
     texts: list[str | None] = [None] * len(questions)
