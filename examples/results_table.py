@@ -7,8 +7,8 @@ Each run is a name and the folder that `synermedgen evaluate` wrote; all of them
 protocol. A metric is `FIGURE:SCALE:DIGITS`; of the figures that a pattern fits the first is taken, so `mae_[!u]*` is
 the mean absolute error in the route's own unit. A cell holds all metrics in order; an asterisk says that a figure is
 not defined on all cases, so that two runs may speak of different ones. The last line is the plain mean over routes,
-whose ranges differ. Below: on how many routes the first run has the better mean, which nothing tests (`synermedgen
-compare` does), and what all stamps have in common.
+whose ranges differ. Below: on how many routes the first run has the better mean than another, on how many of all it is
+better or worse by the test of `synermedgen compare`, and what all stamps have in common.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import fnmatch
 
 import numpy as np
 
+from synermedgen_hf.metrics.comparison import better_one, compare
 from synermedgen_hf.metrics.report import check_same_cases, lower_is_better, markdown_table, read_summary
 
 
@@ -49,12 +50,13 @@ def figure_of(record: dict, pattern: str) -> str:
 
 
 def main(args):
-    if len({name for name, _ in args.runs}) < len(args.runs):
+    folders = dict(args.runs)
+    if len(folders) < len(args.runs):
         raise SystemExit("Two runs have one name.")
-    runs = {name: read_summary(folder)["routes"] for name, folder in args.runs}
+    runs = {name: read_summary(folder)["routes"] for name, folder in folders.items()}
     metrics = [(pattern, float(scale), int(digits)) for pattern, scale, digits in args.metric]
     names, first = list(runs), next(iter(runs.values()))
-    figures: list[set[str]] = [set() for _ in metrics]
+    figures = [[figure_of(own, pattern) for pattern, _, _ in metrics] for own in first.values()]
     values = np.empty((len(first), len(runs), len(metrics)))
     whole = np.ones(values.shape, bool)
     for row, (route, own) in enumerate(first.items()):
@@ -62,14 +64,12 @@ def main(args):
             if route not in routes:
                 raise SystemExit(f"{name} has no {route}.")
             check_same_cases(route, names[0], own, name, routes[route])
-            for place, (pattern, scale, _) in enumerate(metrics):
-                figure = figure_of(own, pattern)
+            for place, figure in enumerate(figures[row]):
                 found = routes[route]["metrics"][figure]
                 if found["mean"] is None:
                     raise SystemExit(f"{name} has no {figure} of {route}.")
                 whole[row, column, place] = found["n"] == own["cases"]
-                figures[place].add(figure)
-                values[row, column, place] = scale * found["mean"]
+                values[row, column, place] = metrics[place][1] * found["mean"]
 
     def cell(own, of_all, shown) -> str:
         parts = []
@@ -83,17 +83,26 @@ def main(args):
         for row, (route, own) in enumerate(first.items())
     ]
     # A mean over HU and SUV would mean nothing.
-    alike = [len(each) == 1 for each in figures]
+    kinds = [sorted(set(each)) for each in zip(*figures, strict=True)]
     means = zip(values.mean(axis=0), whole.all(axis=0), strict=True)
-    lines.append(["mean over routes", "", *(cell(*one, alike) for one in means)])
-    print(" / ".join(" or ".join(sorted(each)) for each in figures) + "\n")
+    lines.append(["mean over routes", "", *(cell(*one, [len(each) == 1 for each in kinds]) for one in means)])
+    print(" / ".join(" or ".join(each) for each in kinds) + "\n")
     print(markdown_table(["route", "slices", *names], lines))
-    for place in range(len(metrics)):
-        own = values[:, :, place] * (-1 if lower_is_better(next(iter(figures[place]))) else 1)
-        better = [f"{name} on {int((own[:, 0] > own[:, column]).sum())}" for column, name in enumerate(names) if column]
-        if better:
-            figure = " or ".join(sorted(figures[place]))
-            print(f"\nBy {figure}, of {len(first)} routes {names[0]} has the better mean than {', '.join(better)}.")
+
+    for column, name in enumerate(names[1:], start=1):
+        tested = compare(folders[names[0]], folders[name])["routes"]
+        print(f"\n{names[0]} and {name}, of {len(first)} routes:")
+        for place, kind in enumerate(kinds):
+            ahead = values[:, 0, place] - values[:, column, place]
+            better = int((ahead * (-1 if lower_is_better(kind[0]) else 1) > 0).sum())
+            verdicts = [
+                better_one(figure[place], tested[route][figure[place]])
+                for route, figure in zip(first, figures, strict=True)
+            ]
+            print(
+                f"    {' or '.join(kind)}: {names[0]} has the better mean on {better}; tested, it is better on "
+                f"{verdicts.count('first')} and worse on {verdicts.count('second')}"
+            )
     stamps = [own["protocol"] for own in first.values()]
     common = [f"{key}: {value}" for key, value in stamps[0].items() if all(one.get(key) == value for one in stamps)]
     print(f"\nStamps of all routes: {'; '.join(common)}.")

@@ -160,24 +160,32 @@ class _Pairs:
         }
 
 
+def better_one(metric: str, own: dict) -> str:
+    """
+    `"first"` or `"second"` where `q` is below 0.05, the interval leaves out zero, and a difference in which each
+    patient counts the same points the same way; else `""`. With five patients or fewer no test of ranks can reach that.
+
+    Args:
+        metric (`str`): Its name says which way is better.
+        own (`dict`): What [`compare`] found for it on a route.
+    """
+    signs = {np.sign(own["difference"]), np.sign(own["difference of patients"]), *np.sign(own["interval"] or [0])}
+    if own["q"] is None or own["q"] >= 0.05 or len(signs) > 1:
+        return ""
+    return "first" if (own["difference"] < 0) == lower_is_better(metric) else "second"
+
+
 def comparison_table(found: dict) -> str:
-    """
-    What [`compare`] found as a Markdown table. A run is named the better one where `q` is below 0.05, the interval
-    leaves out zero, and a difference in which each patient counts the same points the same way. With five patients or
-    fewer no test of ranks can reach that.
-    """
+    """What [`compare`] found as a Markdown table; the better run is named by [`better_one`]."""
     columns = ["route", "metric", "n", "patients", "first", "second", "difference", "95 % interval", "p", "q", "better"]
     lines = []
     for route, metrics in found["routes"].items():
         for metric, own in metrics.items():
-            interval, better = own["interval"], ""
-            signs = {np.sign(own["difference"]), np.sign(own["difference of patients"]), *np.sign(interval or [0])}
-            if own["q"] is not None and own["q"] < 0.05 and len(signs) == 1:
-                better = "first" if (own["difference"] < 0) == lower_is_better(metric) else "second"
+            interval = own["interval"]
             figures = [f"{own[name]:.4g}" for name in ("first", "second", "difference")]
             spread = "{:.4g} to {:.4g}".format(*interval) if interval else ""
             tests = ["" if own[name] is None else f"{own[name]:.2g}" for name in ("p", "q")]
-            lines.append([route, metric, own["n"], own["patients"], *figures, spread, *tests, better])
+            lines.append([route, metric, own["n"], own["patients"], *figures, spread, *tests, better_one(metric, own)])
     said = [f"first: {found['first']}, second: {found['second']}"]
     for side in ("first", "second"):
         if left := found[f"only {side}"]:
@@ -185,4 +193,4 @@ def comparison_table(found: dict) -> str:
     return "\n\n".join([*said, markdown_table(columns, lines)])
 
 
-__all__ = ["compare", "comparison_table", "read_cases"]
+__all__ = ["better_one", "compare", "comparison_table", "read_cases"]
