@@ -661,6 +661,22 @@ def test_what_an_earlier_version_called_repaired_does_not_count(run, scans, tmp_
     assert read_summary(run("two", data_dir=data, baseline="copy"))["cases"]["repaired"] == 0
 
 
+def test_slices_whose_mask_is_empty_do_not_spoil_a_volume(run, scans, tmp_path):
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    case = next(iter(load_dataset("synermed", data_dir=str(data), split="train", streaming=True)))["case_id"]
+    (file,) = data.rglob(f"{case}/mask.nii.gz")
+    image = nibabel.load(file)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[:, :, 2] = 0
+    nibabel.save(nibabel.Nifti1Image(voxels, image.affine), file)
+    folder = run("empty", data_dir=data, baseline="copy", level="volume", protocol="paper_frame")
+    empty = [record for record in records_of(folder) if record["case_id"] == case]
+    whole = [record for record in records_of(run("whole", baseline="copy", level="volume", protocol="paper_frame"))]
+    assert len(empty) == 2 and len(whole) == len(records_of(folder))
+    assert all(record["metrics"]["psnr_u8_mask"] is not None for record in empty)
+    assert all(record["measured"]["voxels"] == np.count_nonzero(voxels) for record in empty)
+
+
 def test_a_case_without_a_mask_is_not_called_repaired(run, scans, tmp_path):
     data = Path(shutil.copytree(scans, tmp_path / "data"))
     for mask in data.rglob("mask.nii.gz"):

@@ -143,6 +143,29 @@ def test_paper_frame_is_made_of_grey_slices():
     assert large["ms_ssim_u8_frame"] == pytest.approx(np.mean(coarse), rel=1e-12)
 
 
+def test_slices_with_nothing_but_background_are_left_out_of_the_mean():
+    """They are always like themselves, and a volume has many beyond the patient."""
+    prediction, reference, mask = pair(6, 40, 44)
+    prediction[:2], reference[:2], mask[:2] = -1024, -1024, False
+    whole = evaluate_case(prediction, reference, mask, protocol="paper_frame")["metrics"]
+    inner = evaluate_case(prediction[2:], reference[2:], mask[2:], protocol="paper_frame")["metrics"]
+    for name in ("ssim_u8_frame", "psnr_u8_frame", "ssim_u8_mask", "psnr_u8_mask", "mae_u8_mask", "mae_hu_mask"):
+        assert whole[name] == pytest.approx(inner[name], rel=1e-9), name
+    assert whole["mae_hu_frame"] == pytest.approx(inner["mae_hu_frame"] * 4 / 6)  # an error of zero is one
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_constant_images_have_errors_and_no_structure(protocol):
+    modality = MODALITY.get(protocol, "CT")
+    one, other = np.full((20, 40, 40), 150.0), np.full((20, 40, 40), 100.0)
+    record = without_nothing(evaluate_case(one, other, np.ones(one.shape, bool), protocol, modality))
+    assert all(value is None for name, value in record["metrics"].items() if "ssim" in name)
+    if modality == "CT":
+        assert record["metrics"]["mae_hu_mask"] == record["metrics"]["rmse_hu_mask"] == 50
+    else:  # without a range of its own there is no scale from 0 to 1
+        assert all(value is None for value in record["metrics"].values())
+
+
 def test_background_flatters_the_frame_and_not_the_area():
     prediction, reference, mask = pair(48, 48)
     prediction[~mask] = reference[~mask] = -1024
@@ -339,6 +362,7 @@ def test_a_volume_says_what_it_is():
         ({"prediction": np.zeros((20, 40, 39))}, r"shape \(20, 40, 39\) and the reference \(20, 40, 40\)"),
         ({"mask": np.ones((40, 40), bool)}, r"mask has shape \(40, 40\)"),
         ({"prediction": np.full((20, 40, 40), np.nan)}, "32000 of 32000 values of the prediction are NaN"),
+        ({"mask": np.full((20, 40, 40), np.nan)}, "32000 of 32000 values of the mask are NaN"),
     ],
 )
 def test_what_is_refused(arguments, says):

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Features, Image
 
 from .inputs import UndefinedMetric, check_pair, check_window
+from .protocols import VERSION
 
 try:
     import evaluate
@@ -97,6 +98,7 @@ class SliceMetric(evaluate.Metric):
             "area": "frame",
             "dimensions": "2D, mean over slices",
             "about": self.about,
+            "library": f"synermedgen_hf.metrics {VERSION}",
         }
         return {
             f"{self.name}_frame": float(np.mean(found)) if found else None,
