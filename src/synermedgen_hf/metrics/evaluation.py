@@ -96,9 +96,9 @@ def evaluate(
     Args:
         output (`str` or `Path`): Folder of this evaluation; the same arguments go on where it was interrupted. Batch
             size, device and versions of libraries are not among them: last digits depend on them, so an evaluation to
-            be published is best made with one of each. `cases.jsonl` names the cases as the data
-            set does, for bare folders by the folder's name; no other file does, but for the folder of a single case
-            that is passed as `data_dir`.
+            be published is best made with one of each. `cases.jsonl` names the cases as the data set does, for bare
+            folders by the folder's name; no other file does, but for the folder of a single case that is passed as
+            `data_dir`.
         data_dir (`str` or `Path`, *optional*): Scans, as for `load_dataset("synermed")`.
         phantom_cases (`int`, *optional*): Instead of scans, so many simulated patients of each protocol.
         model (`str` or `Path`, *optional*): Pipeline; by default the bundled weights. Of a baseline only its processor
