@@ -337,11 +337,13 @@ def why_undecided(found: dict) -> str:
     """For whom a difference does not hold."""
     patients = found["q"] is not None and found["q"] < 0.05 and leaves_out_zero(found["interval"])
     seeds = leaves_out_zero(found["seed_interval"])
-    if patients and not seeds:
+    if patients and seeds:
+        return "other patients and other trainings would say the opposite of each other"
+    if patients:
         return "it would hold for other patients, not for other trainings"
-    if seeds and not patients:
+    if seeds:
         return "it would hold for other trainings, not for other patients"
-    return "it would hold for neither other patients nor other trainings" if not patients else "the two disagree"
+    return "it would hold for neither other patients nor other trainings"
 
 
 def leaves_out_zero(interval: list[float] | None) -> bool:

@@ -10,9 +10,10 @@ import numpy as np
 from ..data.splits import write_whole
 from .protocols import check_same_protocol, same_measured
 from .report import group_of, lower_is_better, markdown_table, name_groups, read_summary
-from .runs import CASES, name_of, read_line
+from .runs import CASES, name_of, name_text, read_line
 from .statistics import correct_p_values, interval_of_mean, paired_p_value
 
+# Without one of these, a line is no record of a synthesis.
 KEYS = ("dataset", "case_id", "route", "slice_index", "patient", "protocol", "metrics", "measured")
 
 
@@ -51,7 +52,7 @@ def compare(first: str | Path, second: str | Path, bootstrap: int = 1000, seed: 
         check_same_protocol([record, partner])
         if unlike := same_measured(record["measured"], partner["measured"]):
             raise ValueError(
-                f"{_shown(name_of(record))} was not measured alike in both evaluations, another scan or another "
+                f"{name_text(name_of(record))} was not measured alike in both evaluations, another scan or another "
                 f"window: {'; '.join(unlike)}."
             )
         group = group_of(record)
@@ -108,7 +109,7 @@ def _places(folder: str | Path, routes: list[str]) -> dict[tuple, int]:
             if lacking := [key for key in KEYS if key not in record]:
                 raise ValueError(f"{file}, line {number}, is no record of a synthesis: it lacks {', '.join(lacking)}.")
             if (name := name_of(record)) in places:
-                raise ValueError(f"{file}, line {number}: {_shown(name)} has been there before.")
+                raise ValueError(f"{file}, line {number}: {name_text(name)} has been there before.")
             if record["route"] in routes:
                 places[name] = offset
             offset += len(line)
@@ -120,7 +121,7 @@ def _in_pairs(first: str | Path, second: str | Path, routes: list[str]) -> Itera
     one, other = _places(first, routes), _places(second, routes)
     for folder, own, wanted in ((first, one, other), (second, other, one)):
         if absent := [name for name in wanted if name not in own]:
-            shown = "; ".join(map(_shown, absent[:5]))
+            shown = "; ".join(map(name_text, absent[:5]))
             more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
             raise ValueError(f"{folder} lacks {len(absent)} cases that the other evaluation has: {shown}{more}.")
     with open(Path(second) / CASES, "rb") as lines:
@@ -128,10 +129,6 @@ def _in_pairs(first: str | Path, second: str | Path, routes: list[str]) -> Itera
             if (name := name_of(record)) in one:
                 lines.seek(other[name])
                 yield record, json.loads(lines.readline())
-
-
-def _shown(name: tuple) -> str:
-    return " ".join(str(part) for part in name if part is not None)
 
 
 class _Pairs:

@@ -55,7 +55,7 @@ from .baselines import (
 )
 from .protocols import VERSION, evaluate_case, scale_of_mr
 from .report import draw_strip, keep_pictures, read_summary, write_report, write_summary
-from .runs import CASES, PHANTOM_SIZE, claim_folder, name_of, read_records, sole_user
+from .runs import CASES, PHANTOM_SIZE, claim_folder, name_of, name_text, read_records, sole_user
 
 logger = logging.get_logger(__name__)
 
@@ -489,8 +489,7 @@ class Judge:
                     window=None if self.protocol == "brats" else scale,
                 )
             except ValueError as error:
-                where = " ".join(str(part) for part in name_of(identity) if part is not None)
-                raise ValueError(f"{where} cannot be judged: {error}") from error
+                raise ValueError(f"{name_text(name_of(identity))} cannot be judged: {error}") from error
             judged["protocol"]["axis"] = rows[0]["axis"]
             if scale is not None and self.protocol != "brats":
                 judged["protocol"]["scale"] = scale_of_mr(WINDOWS[modality]["percentile"])

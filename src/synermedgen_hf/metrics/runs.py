@@ -85,13 +85,7 @@ def read_line(line: bytes, file: Path, number: int) -> dict:
     Raises:
         `ValueError`: It is damaged: it says where.
     """
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{file}, line {number}, is damaged: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}, line {number}, is damaged: it holds no object.")
-    return found
+    return _object(line, f"{file}, line {number},")
 
 
 def read_json(file: Path) -> dict:
@@ -101,12 +95,16 @@ def read_json(file: Path) -> dict:
     Raises:
         `ValueError`: The file is damaged.
     """
+    return _object(file.read_bytes(), str(file))
+
+
+def _object(content: bytes, where: str) -> dict:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}.") from error
+        raise ValueError(f"{where} is damaged: {error}.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it holds no object.")
+        raise ValueError(f"{where} is damaged: it holds no object.")
     return found
 
 
@@ -115,4 +113,9 @@ def name_of(record: dict) -> tuple:
     return record["dataset"], record["case_id"], record["route"], record["slice_index"]
 
 
-__all__ = ["claim_folder", "name_of", "read_json", "read_line", "read_records", "sole_user"]
+def name_text(name: tuple) -> str:
+    """A name of [`name_of`] in words."""
+    return " ".join(str(part) for part in name if part is not None)
+
+
+__all__ = ["claim_folder", "name_of", "name_text", "read_json", "read_line", "read_records", "sole_user"]
